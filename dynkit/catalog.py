@@ -1,0 +1,222 @@
+"""Where a workspace lives, and its tables.
+
+The catalog is the one place where processes meet: the notebook's kernel, the worker that trains, a terminal. It is
+SQLite in write-ahead mode: readers never wait, one writer at a time waits its turn up to `_BUSY_TIMEOUT_S`. A write
+transaction takes its lock at the start (``BEGIN IMMEDIATE``), so that two writers queue instead of failing.
+
+Modules above keep their own queries next to their own logic and run them through `read` and `write`; here are only
+the tables, because together they are the format. The write-ahead log needs a local disk.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+
+from dynkit.errors import StorageError
+
+__all__ = [
+    "Catalog",
+    "datasets",
+    "edges",
+    "evaluations",
+    "events",
+    "models",
+    "runs",
+    "tensors",
+    "triggers",
+]
+
+SCHEMA_VERSION = 1
+_BUSY_TIMEOUT_S = 60.0
+_metadata = sa.MetaData()
+
+_info = sa.Table(
+    "info",
+    _metadata,
+    sa.Column("key", sa.String, primary_key=True),
+    sa.Column("value", sa.String, nullable=False),
+)
+datasets = sa.Table(
+    "datasets",
+    _metadata,
+    sa.Column("name", sa.String, primary_key=True),
+    sa.Column("created_ns", sa.BigInteger, nullable=False),
+)
+runs = sa.Table(
+    "runs",
+    _metadata,
+    sa.Column("id", sa.String, primary_key=True),
+    sa.Column("name", sa.String, nullable=False, index=True),
+    sa.Column("digest", sa.String, nullable=False, index=True),  # identity of pipeline and dataset version
+    sa.Column("dataset", sa.String, nullable=False),
+    sa.Column("dataset_version", sa.Integer, nullable=False),
+    sa.Column("pipeline", sa.JSON, nullable=False),  # describe(pipeline)
+    sa.Column("created_ns", sa.BigInteger, nullable=False),
+    sa.Column("ended_ns", sa.BigInteger),
+    sa.Column("status", sa.String, nullable=False),
+    sa.Column("request", sa.String),  # "pause", "cancel" or nothing: what somebody asked of the owner
+    sa.Column("error", sa.Text),
+    # The process that owns the run; pid alone could have been used again by another process.
+    sa.Column("host", sa.String, nullable=False),
+    sa.Column("pid", sa.Integer, nullable=False),
+    sa.Column("process_started", sa.Float, nullable=False),
+    sa.Column("heartbeat_ns", sa.BigInteger, nullable=False),
+    sa.Column("progress", sa.JSON, nullable=False),
+    # State of stateful policies at the last committed trigger; read only to continue the run.
+    sa.Column("state", sa.LargeBinary),
+)
+events = sa.Table(
+    "events",
+    _metadata,
+    sa.Column("run", sa.ForeignKey("runs.id"), primary_key=True),
+    sa.Column("seq", sa.Integer, primary_key=True),
+    sa.Column("time_ns", sa.BigInteger, nullable=False),
+    sa.Column("kind", sa.String, nullable=False),
+    sa.Column("data", sa.JSON, nullable=False),
+)
+triggers = sa.Table(
+    "triggers",
+    _metadata,
+    sa.Column("run", sa.ForeignKey("runs.id"), primary_key=True),
+    sa.Column("index", sa.Integer, primary_key=True),
+    sa.Column("position", sa.BigInteger, nullable=False),  # samples in replay order up to and with the last seen
+    sa.Column("block_start", sa.BigInteger, nullable=False),  # position at which the policy state was taken
+    sa.Column("last_ns", sa.BigInteger, nullable=False),
+    sa.Column("model", sa.ForeignKey("models.id"), nullable=False),
+    sa.Column("samples", sa.BigInteger, nullable=False),
+    sa.Column("selection", sa.String, nullable=False),  # BLAKE3 of the stored keys and weights
+    sa.Column("select_s", sa.Float, nullable=False),
+    sa.Column("train_s", sa.Float, nullable=False),
+    sa.Column("report", sa.JSON, nullable=False),  # what the fit function reported: losses, epochs, ...
+)
+models = sa.Table(
+    "models",
+    _metadata,
+    sa.Column("id", sa.String, primary_key=True),  # BLAKE3 of the manifest
+    sa.Column("manifest", sa.JSON, nullable=False),
+    sa.Column("created_ns", sa.BigInteger, nullable=False),
+)
+tensors = sa.Table(
+    "tensors",
+    _metadata,
+    sa.Column("id", sa.String, primary_key=True),  # BLAKE3 of dtype, shape and bytes
+    sa.Column("dtype", sa.String, nullable=False),
+    sa.Column("shape", sa.JSON, nullable=False),
+    sa.Column("codec", sa.String, nullable=False),
+    sa.Column("pack", sa.String, nullable=False),
+    sa.Column("offset", sa.BigInteger, nullable=False),
+    sa.Column("size_bytes", sa.BigInteger, nullable=False),
+)
+edges = sa.Table(
+    "edges",
+    _metadata,
+    sa.Column("parent", sa.ForeignKey("models.id"), primary_key=True),
+    sa.Column("child", sa.ForeignKey("models.id"), primary_key=True),
+    sa.Column("kind", sa.String, primary_key=True),  # "derived" or "version"
+    sa.Column("run", sa.ForeignKey("runs.id")),
+)
+evaluations = sa.Table(
+    "evaluations",
+    _metadata,
+    sa.Column("run", sa.ForeignKey("runs.id"), primary_key=True),
+    sa.Column("model", sa.ForeignKey("models.id"), primary_key=True),
+    sa.Column("window_start_ns", sa.BigInteger, primary_key=True),
+    sa.Column("window_end_ns", sa.BigInteger, primary_key=True),
+    sa.Column("metric", sa.String, primary_key=True),
+    sa.Column("window_anchor_ns", sa.BigInteger, nullable=False),
+    sa.Column("value", sa.Float),  # null where the metric is undefined in the window
+    sa.Column("samples", sa.BigInteger, nullable=False),
+)
+
+
+class Catalog:
+    """The tables of one workspace.
+
+    Parameters
+    ----------
+    root : path or None
+        The workspace directory, made when missing. None means ``$DYNKIT_WORKSPACE``, else ``./dynkit-workspace``.
+
+    Raises
+    ------
+    StorageError
+        When the directory cannot be made or written, the catalog is damaged or of another schema version.
+    """
+
+    def __init__(self, root: str | os.PathLike[str] | None = None) -> None:
+        self.root = Path(root or os.environ.get("DYNKIT_WORKSPACE") or "dynkit-workspace").expanduser().resolve()
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(f"cannot make the workspace {self.root}: {error.strerror or error}") from error
+        self._engine = sa.create_engine(f"sqlite:///{self.root / 'catalog.sqlite'}")
+        sa.event.listen(self._engine, "connect", _configure)
+        sa.event.listen(self._engine, "begin", _begin)
+        self._prepare()
+
+    def __reduce__(self) -> tuple[type["Catalog"], tuple[str]]:
+        return Catalog, (str(self.root),)
+
+    def _prepare(self) -> None:
+        with self.read() as connection:
+            found = sa.inspect(connection).has_table("info")
+        if not found:
+            with self.write() as connection:
+                _metadata.create_all(connection)  # checks each table first: two first openers are fine
+                connection.execute(
+                    sa.insert(_info).prefix_with("OR IGNORE"), {"key": "schema", "value": str(SCHEMA_VERSION)}
+                )
+        with self.read() as connection:
+            version = connection.scalar(sa.select(_info.c.value).where(_info.c.key == "schema"))
+        if version != str(SCHEMA_VERSION):
+            raise StorageError(
+                f"the workspace {self.root} has catalog schema {version}; this dynkit reads {SCHEMA_VERSION}: "
+                "install the dynkit release that wrote it, or use another workspace"
+            )
+
+    @contextmanager
+    def read(self) -> Iterator[sa.Connection]:
+        """Connect to a consistent snapshot of the tables."""
+        with self._connect(write=False) as connection:
+            yield connection
+
+    @contextmanager
+    def write(self) -> Iterator[sa.Connection]:
+        """Begin a write transaction: all of it is committed at the end of the block, or nothing."""
+        with self._connect(write=True) as connection:
+            yield connection
+
+    @contextmanager
+    def _connect(self, *, write: bool) -> Iterator[sa.Connection]:
+        try:
+            with self._engine.connect().execution_options(dynkit_write=write) as connection, connection.begin():
+                yield connection
+        except sa.exc.DatabaseError as error:
+            if isinstance(error, sa.exc.IntegrityError):
+                raise
+            raise StorageError(f"the catalog {self.root / 'catalog.sqlite'} cannot be used: {error.orig}") from error
+
+    def close(self) -> None:
+        """Close all connections; the catalog opens new ones when used again."""
+        self._engine.dispose()
+
+
+def _configure(connection: Any, record: Any) -> None:
+    connection.isolation_level = None  # transactions begin in _begin, not when sqlite3 guesses
+    cursor = connection.cursor()
+    cursor.execute(f"PRAGMA busy_timeout = {int(_BUSY_TIMEOUT_S * 1000)}")
+    cursor.execute("PRAGMA journal_mode = WAL")
+    cursor.execute("PRAGMA synchronous = FULL")  # a committed trigger survives a power cut
+    cursor.execute("PRAGMA foreign_keys = ON")
+    cursor.close()
+
+
+def _begin(connection: sa.Connection) -> None:
+    write = connection.get_execution_options().get("dynkit_write", False)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
+
+

@@ -1,0 +1,175 @@
+"""The records that pass between modules, and what a policy looks like.
+
+A policy is any callable of the right shape; nothing is subclassed or registered. These Protocols are what the
+built-in ones and a user's own function have in common.
+"""
+
+import datetime as dt
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import polars as pl
+
+from dynkit.time import to_datetime
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "Event",
+    "Metric",
+    "Model",
+    "RunView",
+    "Selection",
+    "Trained",
+    "Trigger",
+    "Window",
+    "Windows",
+]
+
+
+@dataclass(frozen=True, order=True)
+class Window:
+    """Half-open time interval ``[start, end)`` in which models are evaluated.
+
+    Parameters
+    ----------
+    start_ns, end_ns : int
+        Nanoseconds UTC.
+    anchor_ns : int or None
+        The instant whose active model answers for this window in a composite; None means its start.
+    """
+
+    start_ns: int
+    end_ns: int
+    anchor_ns: int | None = None
+
+    @property
+    def anchor(self) -> int:
+        """The anchor in nanoseconds UTC, resolved."""
+        return self.start_ns if self.anchor_ns is None else self.anchor_ns
+
+    @property
+    def start(self) -> dt.datetime:
+        """Start as a UTC datetime."""
+        return to_datetime(self.start_ns)
+
+    @property
+    def end(self) -> dt.datetime:
+        """End (exclusive) as a UTC datetime."""
+        return to_datetime(self.end_ns)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One committed trigger of a run: what fired, what was selected and which model came out.
+
+    Parameters
+    ----------
+    index : int
+        0 for the first trigger of the run.
+    position : int
+        Number of samples in replay order up to and including the last one the trigger saw.
+    last_ns : int
+        Timestamp of that last sample.
+    model : str
+        Identity of the model.
+    samples : int
+        Number of samples selected.
+    train_s : float
+        Seconds spent training.
+    """
+
+    index: int
+    position: int
+    last_ns: int
+    model: str
+    samples: int
+    train_s: float
+
+
+@dataclass(frozen=True)
+class Event:
+    """One step of a run, in the order it was committed."""
+
+    run: str
+    seq: int
+    time_ns: int
+    kind: str
+    data: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def time(self) -> dt.datetime:
+        """Wall-clock time as a UTC datetime."""
+        return to_datetime(self.time_ns)
+
+    def __str__(self) -> str:
+        details = " ".join(f"{key}={value}" for key, value in self.data.items() if key != "traceback")
+        return f"{self.time:%H:%M:%S} {self.kind} {details}".rstrip()
+
+
+class RunView(Protocol):
+    """What a policy may see of the run that calls it. Read-only; everything is computed when asked for."""
+
+    @property
+    def start(self) -> dt.datetime:
+        """Timestamp of the first sample of the stream (UTC)."""
+
+    @property
+    def now(self) -> dt.datetime:
+        """Timestamp of the newest sample already seen (UTC); in a trigger, the last one before `new`."""
+
+    @property
+    def start_ns(self) -> int:
+        """`start` in nanoseconds UTC."""
+
+    @property
+    def now_ns(self) -> int:
+        """`now` in nanoseconds UTC."""
+
+    @property
+    def samples_since_trigger(self) -> int:
+        """Samples after the last trigger; in a trigger, those before `new`."""
+
+    @property
+    def trained(self) -> Sequence[Trained]:
+        """The triggers so far, oldest first."""
+
+    @property
+    def model(self) -> "torch.nn.Module | None":
+        """The newest model, on the run's device in evaluation mode; None before the first trigger."""
+
+    def read(self, keys: Any) -> "dict[str, torch.Tensor]":
+        """Fields and labels of these samples, in this order."""
+
+
+class Trigger(Protocol):
+    """Decides after which samples to train: True (after the last row of `new`) or row positions of `new`."""
+
+    def __call__(self, new: pl.DataFrame, run: RunView, /) -> bool | Iterable[int]: ...
+
+
+class Selection(Protocol):
+    """Decides which samples of `pool` to train on: keys, or a frame with columns key and weight."""
+
+    def __call__(self, pool: pl.DataFrame, run: RunView, rng: np.random.Generator, /) -> Any: ...
+
+
+class Windows(Protocol):
+    """Lists the windows to evaluate in; called once all samples were seen."""
+
+    def __call__(self, run: RunView, /) -> Iterable[Window]: ...
+
+
+class Metric(Protocol):
+    """Scores a model's outputs (N, ...) against labels (N,) of one window; NaN or None where undefined."""
+
+    def __call__(self, outputs: "torch.Tensor", labels: "torch.Tensor", /) -> float | None: ...
+
+
+class Model(Protocol):
+    """Builds a fresh model."""
+
+    def __call__(self) -> "torch.nn.Module": ...
