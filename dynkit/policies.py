@@ -9,12 +9,12 @@ import copy
 import dataclasses
 import functools
 import inspect
+import os
 import re
 import sys
 import sysconfig
 import types as python_types
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, cast
 
 import cloudpickle
@@ -145,8 +145,8 @@ def is_user_code(module: str | None) -> bool:
     file = getattr(sys.modules.get(module), "__file__", None)
     if file is None:
         return False
-    library = {Path(sysconfig.get_path(key)).resolve() for key in ("stdlib", "platstdlib", "purelib", "platlib")}
-    return not any(folder in library for folder in Path(file).resolve().parents)
+    installed = f"{os.sep}site-packages{os.sep}" in file or f"{os.sep}dist-packages{os.sep}" in file
+    return not installed and not file.startswith((sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")))
 
 
 def _feed(write: Callable[[bytes], Any], value: Any, seen: set[int]) -> None:

@@ -48,11 +48,11 @@ class Prepared:
                 hasher.update("\x1e".join("\x1f" if value is None else value for value in series).encode())
             else:
                 physical = series.to_physical()
-                hasher.update(np.ascontiguousarray(physical.is_null().to_numpy()).data)
-                hasher.update(np.ascontiguousarray(physical.fill_null(strategy="zero").to_numpy()).data)
+                for array in (physical.is_null().to_numpy(), physical.fill_null(strategy="zero").to_numpy()):
+                    hasher.update(array.tobytes())
         for name, array in self.fields.items():
             hasher.update(f"{name}:{array.dtype};".encode())
-            hasher.update(array.reshape(-1).view(np.uint8).data)
+            hasher.update(array.reshape(-1).view(np.uint8).data)  # no copy: fields are large
         return hasher.hexdigest()
 
 
@@ -104,8 +104,8 @@ def prepare(data: Any, timestamp: str, label: str | None, features: Sequence[str
     fields = {**({"x": _features(frame, features)} if features else {}), **arrays}
     if not fields:
         raise InvalidInput("the data has no features and no arrays; a sample needs something to train on")
-    order = index["timestamp"].arg_sort(descending=False, maintain_order=True).to_numpy()
-    if not np.array_equal(order, np.arange(len(order))):
+    if not index["timestamp"].is_sorted():
+        order = np.argsort(index["timestamp"].to_physical().to_numpy(), kind="stable")
         index = index[order]
         fields = {name: array[order] for name, array in fields.items()}
     schema = {

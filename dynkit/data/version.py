@@ -41,12 +41,12 @@ class Version:
 
     @cached_property
     def _frames(self) -> list[pl.DataFrame]:
-        """Index of every segment, in key order, memory-mapped."""
+        """Index of every segment, in key order."""
         frames = []
         for segment in self.manifest["segments"]:
             path = self._segments_folder / f"{segment['id']}.arrow"
             try:
-                frames.append(pl.read_ipc(path, memory_map=True))
+                frames.append(pl.read_ipc(path))
             except (OSError, pl.exceptions.PolarsError) as error:
                 raise StorageError(f"segment index {path} cannot be read: {error}") from error
         return frames

@@ -62,6 +62,7 @@ class Batches:
         self._shuffle_seed = shuffle_seed
         self._on_batch = on_batch
         self._epoch = 0
+        self.passed = 0  # samples handed out so far, all epochs together
 
     def __len__(self) -> int:
         return -(-len(self._keys) // self._batch_size)
@@ -78,6 +79,7 @@ class Batches:
                 high = min(low + self._batch_size, n)
                 if self._on_batch is not None:
                     self._on_batch(high - low)
+                self.passed += high - low
                 yield {name: tensor[low:high] for name, tensor in super_batch.items()}
 
     def super_batches(self) -> Iterator[Batch]:

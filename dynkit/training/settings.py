@@ -1,4 +1,4 @@
-"""The settings of a training, checked when they are written down. Imports no torch, so declaring is instant."""
+"""The settings of a training, checked when they are written down."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,0 +1,87 @@
+"""Train models on datasets that never stop growing, from a notebook.
+
+>>> import dynkit as dk
+>>> dk.triggers.Time("30d"), dk.selection.Random(fraction=0.5)
+(Time(every='30d', start=None), Random(fraction=0.5, n=None))
+
+Names load when they are first used: importing dynkit imports neither torch nor a plotting library.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dynkit import errors, plots, selection, triggers
+    from dynkit.pipeline.compare import compare
+    from dynkit.data import Dataset
+    from dynkit.evaluation import Evaluation, metrics, windows
+    from dynkit.pipeline import Pipeline, Run
+    from dynkit.training import Training
+    from dynkit.types import Event, Window
+    from dynkit.workspace import Workspace
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Dataset",
+    "Evaluation",
+    "Event",
+    "Pipeline",
+    "Run",
+    "Training",
+    "Window",
+    "Workspace",
+    "compare",
+    "errors",
+    "metrics",
+    "plots",
+    "selection",
+    "triggers",
+    "windows",
+]
+
+_HOME = {
+    "Dataset": "dynkit.data:Dataset",
+    "Evaluation": "dynkit.evaluation.settings:Evaluation",
+    "Event": "dynkit.types:Event",
+    "Pipeline": "dynkit.pipeline:Pipeline",
+    "Run": "dynkit.pipeline:Run",
+    "Training": "dynkit.training.settings:Training",
+    "Window": "dynkit.types:Window",
+    "Workspace": "dynkit.workspace:Workspace",
+    "compare": "dynkit.pipeline.compare:compare",
+    "errors": "dynkit.errors:",
+    "metrics": "dynkit.evaluation.metrics:",
+    "plots": "dynkit.plots:",
+    "selection": "dynkit.selection:",
+    "triggers": "dynkit.triggers:",
+    "windows": "dynkit.evaluation.windows:",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'dynkit' has no attribute {name!r}")
+    module, _, attribute = _HOME[name].partition(":")
+    loaded = importlib.import_module(module)
+    value = getattr(loaded, attribute) if attribute else loaded
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
+
+
+def load_ipython_extension(shell: Any) -> None:
+    """Register the magics and completion: ``%load_ext dynkit``."""
+    from dynkit_jupyter import load_ipython_extension as load
+
+    load(shell)
+
+
+def unload_ipython_extension(shell: Any) -> None:
+    """Remove what `load_ipython_extension` registered."""
+    from dynkit_jupyter import unload_ipython_extension as unload
+
+    unload(shell)

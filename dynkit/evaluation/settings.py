@@ -1,0 +1,47 @@
+"""How to judge the models of a run."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from dynkit.errors import InvalidInput
+from dynkit.evaluation.metrics import metric_name, resolve_metric
+from dynkit.evaluation.windows import Tumbling
+from dynkit.policies import as_windows
+from dynkit.types import Metric
+
+__all__ = ["Evaluation"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Where and by what models are judged.
+
+    Parameters
+    ----------
+    windows : callable
+        `Tumbling`, `BetweenTriggers` or a function ``(run) -> windows``.
+    metrics : sequence of str or callable
+        ``"accuracy"``, ``"top_5"``, ``"f1"``, ``"roc_auc"``, ``"mae"``, ``"rmse"``, an instance from
+        `dynkit.metrics`, or a function ``(outputs, labels) -> float``.
+    batch_size : int
+        Samples per forward pass.
+    """
+
+    windows: Any = field(default_factory=lambda: Tumbling("30d"))
+    metrics: Sequence[Any] = ("accuracy",)
+    batch_size: int = 8192
+
+    def __post_init__(self) -> None:
+        as_windows(self.windows)
+        if isinstance(self.metrics, str) or not isinstance(self.metrics, Sequence) or not self.metrics:
+            raise InvalidInput(f"metrics={self.metrics!r} must be a list such as ['accuracy', 'roc_auc']")
+        names = [metric_name(metric) for metric in self.resolved()]
+        if len(set(names)) < len(names):
+            raise InvalidInput(f"metrics={names} must have different names")
+        if isinstance(self.batch_size, bool) or not isinstance(self.batch_size, int) or self.batch_size < 1:
+            raise InvalidInput(f"batch_size={self.batch_size!r} must be a whole number, at least 1")
+
+    def resolved(self) -> list[Metric]:
+        """The metrics as callables."""
+        return [resolve_metric(metric) for metric in self.metrics]

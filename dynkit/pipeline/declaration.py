@@ -1,0 +1,119 @@
+"""A Pipeline as declared: what to train on, when, on which samples, how, and how to judge it."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from dynkit.catalog import Catalog
+from dynkit.data import Dataset, check_name
+from dynkit.errors import InvalidInput
+from dynkit.evaluation.settings import Evaluation
+from dynkit.pipeline.owner import Owner, new_run
+from dynkit.pipeline.payload import pack
+from dynkit.pipeline.run import Run
+from dynkit.policies import as_model, as_selection, as_trigger, describe, digest
+from dynkit.training.settings import Training
+from dynkit.types import Event, Model, Selection, Trigger
+
+__all__ = ["Pipeline"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pipeline:
+    """Dataset, model, trigger, selection, training and evaluation under one name.
+
+    Parameters
+    ----------
+    name : str
+    dataset : Dataset or str
+        A name is looked up in the default workspace. A run stays on the version of its start.
+    model : callable or nn.Module
+        A function (or class) without arguments that makes a fresh model; of a module, each training gets a copy.
+    trigger : callable
+        When to train: `dynkit.triggers` or a function ``(new, run) -> bool | positions``.
+    selection : callable
+        On which samples: `dynkit.selection` or a function ``(pool, run, rng) -> keys | frame(key, weight)``.
+    training : Training
+    evaluation : Evaluation
+    seed : int
+        Everything random draws from it: same seed, same result.
+
+    Examples
+    --------
+    >>> import dynkit as dk
+    >>> dk.Pipeline(name="bad name", dataset="d", model=None, trigger=None, selection=None)
+    Traceback (most recent call last):
+      ...
+    dynkit.errors.InvalidInput: pipeline name 'bad name': use letters, digits, '.', '_' and '-', ...
+    """
+
+    name: str
+    dataset: Dataset
+    model: Model
+    trigger: Trigger
+    selection: Selection
+    training: Training = Training()
+    evaluation: Evaluation = dataclasses.field(default_factory=Evaluation)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_name(self.name, "pipeline")
+        dataset = Dataset(Catalog(), self.dataset) if isinstance(self.dataset, str) else self.dataset
+        if not isinstance(dataset, Dataset):
+            raise InvalidInput(f"dataset={dataset!r} is not a dataset; pass ws.dataset(name) or a name")
+        if dataset.schema["label"] is None:
+            raise InvalidInput(f"dataset {dataset.name!r} has no labels; ingest it with label=...")
+        for name, kind in (("training", Training), ("evaluation", Evaluation)):
+            if not isinstance(getattr(self, name), kind):
+                raise InvalidInput(f"{name}={getattr(self, name)!r} must be dk.{kind.__name__}(...)")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
+            raise InvalidInput(f"seed={self.seed!r} must be a whole number, at least 0")
+        object.__setattr__(self, "dataset", dataset)
+        object.__setattr__(self, "model", as_model(self.model))
+        object.__setattr__(self, "trigger", as_trigger(self.trigger))
+        object.__setattr__(self, "selection", as_selection(self.selection))
+
+    def replay(self) -> Iterator[Event]:
+        """Run here and now; each iteration does the next step and yields its event.
+
+        Leaving the iteration early interrupts the run; ``ws.run(event.run).resume()`` continues it in the background.
+
+        Yields
+        ------
+        Event
+            See `dynkit.pipeline.replay`.
+        """
+        from dynkit.pipeline.replay import replay
+
+        pipeline, run = self._register()
+        yield from replay(pipeline, Owner(self.dataset.catalog, run))
+
+    def start(self) -> Run:
+        """Run in a process of its own that owns the device; return the handle at once."""
+        _, run = self._register()
+        return Run(self.dataset.catalog, run)._spawn()
+
+    def digest(self) -> str:
+        """Identity of the pipeline and its dataset version: equal pipelines give equal results."""
+        return digest([getattr(self, field.name) for field in dataclasses.fields(self)])
+
+    def describe(self) -> dict[str, Any]:
+        """The declaration as JSON values."""
+        parts = {name: describe(getattr(self, name)) for name in ("model", "trigger", "selection", "seed")}
+        return {"dataset": self.dataset.name, **parts, **describe(self.training), **describe(self.evaluation)}
+
+    def _register(self) -> tuple["Pipeline", str]:
+        """Make the run in the catalog; return the pipeline at the dataset's present version, and the run's id."""
+        pipeline = dataclasses.replace(self, dataset=self.dataset.at(self.dataset.version))
+        catalog = self.dataset.catalog
+        payload = pack(pipeline)  # before there is a row: what cannot travel is refused here
+        run = new_run(
+            catalog,
+            name=self.name,
+            digest=pipeline.digest(),
+            dataset=self.dataset.name,
+            version=self.dataset.version,
+            description=self.describe(),
+        )
+        payload.write(catalog.root / "runs" / run)
+        return pipeline, run

@@ -1,0 +1,279 @@
+"""The writing side of a run: claim it, beat, obey requests, commit events and triggers.
+
+A run has one owner at a time, the process that executes its loop. A thread of the owner writes heartbeat and
+progress twice a second and notes what others ask for (pause, cancel); the loop obeys between two batches, in
+`check`. Readers never talk to the owner, only to the catalog.
+"""
+
+import logging
+import secrets
+import threading
+import time
+import traceback
+from collections.abc import Mapping
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import polars as pl
+import sqlalchemy as sa
+
+from dynkit import catalog as tables
+from dynkit.catalog import Catalog
+from dynkit.errors import Conflict, DynkitError
+from dynkit.models import ModelStore
+from dynkit.pipeline.process import identity
+from dynkit.types import Event, Trained, Window
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Cancelled", "Owner", "insert_event", "new_run", "trained_of"]
+
+logger = logging.getLogger(__name__)
+
+_BEAT_S = 0.5
+
+
+class Cancelled(BaseException):
+    """Ends the loop on request; no Exception, so that a user's ``except Exception`` cannot swallow it."""
+
+
+def new_run(
+    catalog: Catalog, *, name: str, digest: str, dataset: str, version: int, description: dict[str, Any]
+) -> str:
+    """Make the row of a new run owned by this process and return its id."""
+    run = secrets.token_hex(4)
+    now_ns = time.time_ns()
+    row = {
+        "id": run,
+        "name": name,
+        "digest": digest,
+        "dataset": dataset,
+        "dataset_version": version,
+        "pipeline": description,
+        "created_ns": now_ns,
+        "status": "running",
+        "heartbeat_ns": now_ns,
+        "progress": {"phase": "starting", "fraction": 0.0},
+        **identity(),
+    }
+    with catalog.write() as connection:
+        connection.execute(sa.insert(tables.runs), row)
+    return run
+
+
+def insert_event(connection: sa.Connection, run: str, kind: str, data: dict[str, Any]) -> Event:
+    """Append an event to a run in an open transaction."""
+    events = tables.events
+    last = connection.scalar(sa.select(sa.func.max(events.c.seq)).where(events.c.run == run))
+    event = Event(run, 0 if last is None else last + 1, time.time_ns(), kind, data)
+    row = {"run": run, "seq": event.seq, "time_ns": event.time_ns, "kind": kind, "data": data}
+    connection.execute(sa.insert(events), row)
+    return event
+
+
+def trained_of(connection: sa.Connection, run: str) -> list[Trained]:
+    """Committed triggers of a run, oldest first."""
+    triggers = tables.triggers
+    rows = connection.execute(sa.select(triggers).where(triggers.c.run == run).order_by(triggers.c.index))
+    return [Trained(row.index, row.position, row.last_ns, row.model, row.samples, row.train_s) for row in rows]
+
+
+class Owner:
+    """This process as the owner of a run, for the length of a ``with`` block.
+
+    The block's end is the run's: nothing more to say when `finish` was called, else the exception decides between
+    cancelled, interrupted and failed.
+
+    Parameters
+    ----------
+    catalog : Catalog
+    run : str
+        Id of a run whose status is running.
+    """
+
+    def __init__(self, catalog: Catalog, run: str) -> None:
+        self.catalog = catalog
+        self.run = run
+        self.folder = catalog.root / "runs" / run
+        self.store = ModelStore(catalog)
+        self.progress: dict[str, Any] = {"phase": "starting", "fraction": 0.0}
+        self._started_s = time.monotonic()
+        self._paused_s = 0.0
+        self._request: str | None = None
+        self._ended = threading.Event()
+        self._woken = threading.Event()
+        self._pulse = threading.Thread(target=self._beat, name=f"dynkit-{run}", daemon=True)
+
+    def __enter__(self) -> "Owner":
+        with self.catalog.write() as connection:
+            row = connection.execute(sa.select(tables.runs).where(tables.runs.c.id == self.run)).one()
+            if row.status != "running":
+                raise Conflict(f"run {self.run} is {row.status}; run.resume() continues it")
+            self._update(connection, **identity(), heartbeat_ns=time.time_ns())
+            self.committed = trained_of(connection, self.run)
+            triggers = tables.triggers
+            starts = sa.select(triggers.c.block_start).where(triggers.c.run == self.run).order_by(triggers.c.index)
+            self.block_starts = list(connection.scalars(starts))
+            self.state: bytes | None = row.state
+        self._pulse.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        self._pulse.join()
+        if error is None:
+            return
+        text = "".join(traceback.format_exception(kind, error, trace))
+        if isinstance(error, Cancelled):
+            self._end("cancelled", None, {})
+        elif isinstance(error, KeyboardInterrupt | GeneratorExit):
+            self._end("interrupted", None, {})
+        else:
+            summary = str(error) if isinstance(error, DynkitError) else f"{type(error).__name__}: {error}"
+            self._end("failed", text, {"error": summary, "traceback": text})
+
+    def _end(self, status: str, error: str | None, data: dict[str, Any]) -> Event:
+        with self.catalog.write() as connection:
+            self._update(
+                connection, status=status, error=error, request=None, ended_ns=time.time_ns(), progress=self._timed()
+            )
+            return insert_event(connection, self.run, status, data)
+
+    def finish(self, **data: Any) -> Event:
+        """Commit the end of a run that did all it had to."""
+        self.progress = {"phase": "finished", "fraction": 1.0}
+        self._ended.set()
+        self._pulse.join()
+        return self._end("finished", None, data)
+
+    def event(self, kind: str, **data: Any) -> Event:
+        """Commit one event."""
+        with self.catalog.write() as connection:
+            return insert_event(connection, self.run, kind, data)
+
+    def commit_trained(
+        self,
+        trained: Trained,
+        state: "Mapping[str, torch.Tensor]",
+        *,
+        parent: str | None,
+        columns: dict[str, Any],
+        policies: bytes,
+        event: dict[str, Any],
+    ) -> tuple[Trained, Event]:
+        """Commit a trigger: its model, its place in the lineage, the policies' state and the event, at once.
+
+        Parameters
+        ----------
+        trained : Trained
+            Its model is filled in here, by the store.
+        state : mapping of name to tensor
+        parent : str or None
+            The model that training started from.
+        columns : dict
+            Further columns of the triggers table.
+        policies : bytes
+            Pickled state of the policies, to continue from.
+        event : dict
+            Data of the event.
+        """
+        previous = self.committed[-1].model if self.committed else None
+        committed: list[tuple[Trained, Event]] = []
+
+        def also(connection: sa.Connection, model: str) -> None:
+            done = Trained(trained.index, trained.position, trained.last_ns, model, trained.samples, trained.train_s)
+            connection.execute(sa.insert(tables.triggers), {"run": self.run, **vars(done), **columns})
+            kinds = {"derived": parent, "version": previous}
+            rows = [
+                {"parent": source, "child": model, "kind": kind, "run": self.run}
+                for kind, source in kinds.items()
+                if source not in (None, model)
+            ]
+            if rows:
+                connection.execute(sa.insert(tables.edges).prefix_with("OR IGNORE"), rows)
+            self._update(connection, state=policies)
+            committed.append((done, insert_event(connection, self.run, "trained", {**event, "model": model})))
+
+        self.store.add(state, also)
+        self.committed.append(committed[0][0])
+        return committed[0]
+
+    def evaluated_windows(self) -> set[tuple[int, int]]:
+        """Windows (start, end) already in the matrix."""
+        table = tables.evaluations
+        with self.catalog.read() as connection:
+            query = sa.select(table.c.window_start_ns, table.c.window_end_ns).where(table.c.run == self.run).distinct()
+            return {(row.window_start_ns, row.window_end_ns) for row in connection.execute(query)}
+
+    def commit_window(self, window: Window, samples: int, scores: dict[str, dict[str, float | None]]) -> Event:
+        """Commit one column of the models x windows matrix."""
+        rows = [
+            {
+                "run": self.run,
+                "model": model,
+                "window_start_ns": window.start_ns,
+                "window_end_ns": window.end_ns,
+                "window_anchor_ns": window.anchor,
+                "metric": metric,
+                "value": value,
+                "samples": samples,
+            }
+            for model, by_metric in scores.items()
+            for metric, value in by_metric.items()
+        ]
+        data = {"start": window.start.isoformat(), "end": window.end.isoformat(), "samples": samples}
+        with self.catalog.write() as connection:
+            if rows:
+                connection.execute(sa.insert(tables.evaluations), rows)
+            return insert_event(connection, self.run, "evaluated", data)
+
+    def save_selection(self, index: int, selection: pl.DataFrame) -> None:
+        """Write the chosen keys and weights of a trigger beside the run."""
+        path = self.folder / "selections" / f"{index:06d}.arrow"
+        path.parent.mkdir(exist_ok=True)
+        selection.write_ipc(path, compression="zstd")
+
+    def check(self) -> None:
+        """Obey a pending request: wait while paused, raise `Cancelled` to end. Called between two batches."""
+        if self._request is None:
+            return
+        if self._request == "pause":
+            self._change("running", "paused")
+            since_s = time.monotonic()
+            while self._request == "pause":
+                self._woken.wait(_BEAT_S)
+                self._woken.clear()
+            self._paused_s += time.monotonic() - since_s
+            if self._request is None:
+                self._change("paused", "running")
+        if self._request == "cancel":
+            raise Cancelled
+
+    def _change(self, before: str, after: str) -> None:
+        with self.catalog.write() as connection:
+            self._update(connection, status=after)
+            insert_event(connection, self.run, {"paused": "paused", "running": "continued"}[after], {"was": before})
+
+    def _beat(self) -> None:
+        while not self._ended.wait(_BEAT_S):
+            try:
+                with self.catalog.write() as connection:
+                    self._update(connection, heartbeat_ns=time.time_ns(), progress=self._timed())
+                    query = sa.select(tables.runs.c.request).where(tables.runs.c.id == self.run)
+                    self._request = connection.scalar(query)
+                    self._woken.set()
+            except DynkitError:  # a full disk must not end the training; the next beat may succeed
+                logger.exception("heartbeat of run %s failed", self.run)
+
+    def _timed(self) -> dict[str, Any]:
+        """Progress with elapsed and remaining seconds."""
+        elapsed_s = time.monotonic() - self._started_s - self._paused_s
+        fraction = self.progress["fraction"]
+        eta_s = elapsed_s * (1 - fraction) / fraction if fraction > 0.01 else None
+        return {**self.progress, "elapsed_s": elapsed_s, "eta_s": eta_s}
+
+    def _update(self, connection: sa.Connection, **values: Any) -> None:
+        connection.execute(sa.update(tables.runs).where(tables.runs.c.id == self.run).values(**values))

@@ -1,0 +1,35 @@
+"""Who owns a run, and is that process still there?"""
+
+import socket
+import time
+from typing import Any
+
+import psutil
+
+__all__ = ["ACTIVE", "identity", "is_alive", "true_status"]
+
+ACTIVE = ("running", "paused")
+_SILENCE_S = 60.0  # without a heartbeat, an owner on another host counts as gone
+
+
+def identity(pid: int | None = None) -> dict[str, Any]:
+    """Columns that identify a process in the catalog: host, pid and start time (a pid is used again)."""
+    process = psutil.Process(pid)
+    return {"host": socket.gethostname(), "pid": process.pid, "process_started": process.create_time()}
+
+
+def is_alive(row: Any) -> bool:
+    """Whether the process of a row of `runs` exists."""
+    if row.host != socket.gethostname():
+        return bool(time.time_ns() - row.heartbeat_ns < _SILENCE_S * 1e9)
+    try:
+        process = psutil.Process(row.pid)
+        same = abs(process.create_time() - row.process_started) < 1.0
+        return same and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def true_status(row: Any) -> str:
+    """Status of a row of `runs`; one whose owner is gone without a word is ``"interrupted"``."""
+    return "interrupted" if row.status in ACTIVE and not is_alive(row) else str(row.status)

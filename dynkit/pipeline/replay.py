@@ -1,0 +1,290 @@
+"""The main loop: replay a dataset in time order, train at triggers, evaluate, commit every step.
+
+Read `replay` as the story of a run. It is a generator of Events; whoever iterates it drives it, and it commits each
+step before it yields it. To continue a run, the loop starts at the block of the last committed trigger with the
+policies as they were before that block; triggers that fire again there are recognised and not trained again. Every
+training and selection draws from a seed of its own (run seed, trigger index), so no random state needs saving.
+"""
+
+import copy
+import pickle
+import time
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import cloudpickle
+import numpy as np
+import polars as pl
+import torch
+from blake3 import blake3
+
+from dynkit.data.dataset import as_keys
+from dynkit.errors import InvalidInput, PolicyError, TrainingError
+from dynkit.evaluation import evaluate
+from dynkit.pipeline.owner import Owner
+from dynkit.pipeline.view import View
+from dynkit.policies import describe
+from dynkit.time import IntArray
+from dynkit.training import Batches, FitContext, fit, resolve_device, seeded
+from dynkit.types import Event, Trained, Window
+
+if TYPE_CHECKING:
+    from dynkit.pipeline.declaration import Pipeline
+
+__all__ = ["BLOCK_ROWS", "replay"]
+
+BLOCK_ROWS = 1000  # samples that a trigger sees at a time
+_EVALUATION_SHARE = 0.1  # of the progress bar
+
+
+def replay(pipeline: "Pipeline", owner: Owner) -> Iterator[Event]:
+    """Execute a run, yielding each committed event.
+
+    Parameters
+    ----------
+    pipeline : Pipeline
+        With its dataset at the run's version.
+    owner : Owner
+        Claim to the run.
+
+    Yields
+    ------
+    Event
+        ``started`` (or ``resumed``), for each trigger ``triggered``, ``selected``, ``trained``, then ``evaluated``
+        per window and ``finished``.
+    """
+    with owner:
+        loop = _Loop(pipeline, owner)
+        yield owner.event("resumed" if owner.committed else "started", samples=loop.table.height, device=str(loop.device))
+        position, trigger = loop.restore()
+        while position < loop.table.height:
+            owner.check()
+            new = loop.table.slice(position, BLOCK_ROWS)
+            snapshot = _pickled(trigger)  # to continue from here, the trigger must see this block again
+            loop.view.move(position)
+            for offset in _positions(trigger(new, loop.view), new.height):
+                seen = position + offset + 1
+                if seen > loop.view.position:  # without new samples there is nothing to train on
+                    yield from loop.train(seen, position, snapshot)
+                    loop.view.move(seen, since=-(offset + 1))
+            position += new.height
+            loop.show("reading", position)
+        loop.view.move(loop.table.height)
+        yield from loop.evaluate()
+        yield owner.finish(triggers=len(loop.view.trained))
+
+
+class _Loop:
+    """What the steps of one run share."""
+
+    def __init__(self, pipeline: "Pipeline", owner: Owner) -> None:
+        self.pipeline = pipeline
+        self.owner = owner
+        self.version = pipeline.dataset.open()
+        self.table = self.version.table
+        self.device = resolve_device(pipeline.training.device)
+        self.selection = copy.deepcopy(pipeline.selection)
+        self.view = View(self.version, owner.store, pipeline.model, self.device)
+        # Place of each key in replay order, to check what a selection returns.
+        keys = self.table["key"].to_numpy()
+        self.place = np.full(int(keys.max()) + 1, len(keys), dtype=np.int64)
+        self.place[keys] = np.arange(len(keys))
+
+    def restore(self) -> tuple[int, Any]:
+        """Return where to go on, and the trigger as it was there."""
+        if not self.owner.committed:
+            return 0, copy.deepcopy(self.pipeline.trigger)  # a policy may change itself; the pipeline may not
+        assert self.owner.state is not None, "a committed trigger has its policies' state"
+        trigger, self.selection = map(pickle.loads, pickle.loads(self.owner.state))
+        block_start = self.owner.block_starts[-1]
+        earlier = zip(self.owner.committed, self.owner.block_starts, strict=True)
+        self.view.trained = tuple(trained for trained, start in earlier if start < block_start)
+        return block_start, trigger
+
+    def show(self, phase: str, position: float, **details: Any) -> None:
+        """Tell the progress; `position` is in samples of the stream."""
+        fraction = (1 - _EVALUATION_SHARE) * position / self.table.height
+        self.owner.progress = {"phase": phase, "fraction": fraction, "position": int(position), **details}
+
+    def train(self, seen: int, block_start: int, snapshot: bytes) -> Iterator[Event]:
+        """Select, train and commit at one trigger; recognise one that an earlier life of the run committed."""
+        index = len(self.view.trained)
+        if index < len(self.owner.committed):
+            known = self.owner.committed[index]
+            if known.position != seen:
+                raise PolicyError(
+                    f"on continuing, trigger {index} fired after sample {seen}, before it did after {known.position}: "
+                    "the trigger must decide from its arguments and its own attributes only"
+                )
+            self.view.trained += (known,)
+            return
+        last_ns = self.view.last_ns(seen)
+        yield self.owner.event("triggered", index=index, position=seen, new=seen - self.view.position)
+        self.view.move(seen)
+        started_s = time.perf_counter()
+        keys, weights = self._select(index, seen)
+        select_s = time.perf_counter() - started_s
+        chosen = pl.DataFrame({"key": keys} if weights is None else {"key": keys, "weight": weights})
+        self.owner.save_selection(index, chosen)
+        yield self.owner.event("selected", index=index, samples=len(keys), seconds=round(select_s, 4))
+        started_s = time.perf_counter()
+        parent = self.view.trained[-1].model if self.pipeline.training.warm_start and self.view.trained else None
+        state, history, passed = self._fit(index, seen, keys, weights, parent)
+        train_s = time.perf_counter() - started_s
+        content = blake3(keys.tobytes()).update(b"" if weights is None else weights.tobytes()).hexdigest()
+        self.show("storing", seen, trigger=index)
+        trained, event = self.owner.commit_trained(
+            Trained(index, seen, last_ns, "", len(keys), train_s),
+            state,
+            parent=parent,
+            columns={
+                "block_start": block_start,
+                "selection": content,
+                "select_s": select_s,
+                "samples_passed": passed,
+                "report": history,
+            },
+            policies=pickle.dumps((snapshot, _pickled(self.selection))),
+            event={"index": index, "samples": len(keys), "seconds": round(train_s, 4), **(history[-1] if history else {})},
+        )
+        self.view.trained += (trained,)
+        yield event
+
+    def _select(self, index: int, seen: int) -> "tuple[IntArray, np.ndarray[Any, Any] | None]":
+        pool = self.table.head(seen)
+        rng = np.random.default_rng([self.pipeline.seed, index])
+        keys, weights = _keys_and_weights(self.selection(pool, self.view, rng))
+        outside = (keys < 0) | (keys >= len(self.place))
+        if outside.any() or (self.place[keys] >= seen).any():
+            raise PolicyError(f"the selection returned keys at trigger {index} that are not in its pool")
+        if not len(keys):
+            raise PolicyError(
+                f"the selection returned no samples at trigger {index} ({seen} in the pool); return at least one key, "
+                "or let the trigger decide not to train"
+            )
+        return keys, weights
+
+    def _fit(
+        self, index: int, seen: int, keys: IntArray, weights: "np.ndarray[Any, Any] | None", parent: str | None
+    ) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]], int]:
+        """Train one model; return its tensors, what the fit function reported and how many samples it took."""
+        training = self.pipeline.training
+        seed = self.pipeline.seed if training.seed is None else training.seed
+        seed = int(np.random.SeedSequence([seed, index]).generate_state(1)[0])
+        n_validation = int(training.validation * len(keys))
+        held_out: IntArray | None = None
+        if n_validation:
+            order = np.random.default_rng(seed).permutation(len(keys))
+            held_out, rows = keys[order[:n_validation]], np.sort(order[n_validation:])
+            keys, weights = keys[rows], None if weights is None else weights[rows]
+        with seeded(seed):
+            model = self.pipeline.model()
+            if not isinstance(model, torch.nn.Module):
+                raise TrainingError(f"the model function returned {type(model).__name__}, not an nn.Module")
+            if parent is not None:
+                model.load_state_dict(self.owner.store.load(parent))
+            model.to(self.device)
+            options: dict[str, Any] = {"batch_size": training.batch_size, "device": self.device}
+            batches = Batches(
+                self.version,
+                keys,
+                weights=weights,
+                shuffle_seed=seed,
+                on_batch=self._in_training(index, seen, training.epochs * len(keys)),
+                **options,
+            )
+            validation = None if held_out is None else Batches(self.version, held_out, **options)
+            context = FitContext(training, self.device, validation)
+            (training.fit or fit)(model, batches, context)
+        state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+        bad = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
+        if bad:
+            raise TrainingError(f"after training, {', '.join(bad)} of the model are not finite (NaN or infinity)")
+        return state, context.history, batches.passed
+
+    def _in_training(self, index: int, seen: int, total: int) -> Any:
+        """Make the function that the loader calls before each batch: obey requests, tell the progress."""
+        before, done = self.view.position, 0
+        base = {"phase": "training", "trigger": index, "samples": total}
+        scale = (1 - _EVALUATION_SHARE) / self.table.height
+
+        def on_batch(samples: int) -> None:
+            nonlocal done
+            self.owner.check()
+            done += samples
+            share = min(done / total, 1.0)
+            position = before + share * (seen - before)
+            self.owner.progress = {**base, "done": done, "fraction": scale * position, "position": int(position)}
+
+        return on_batch
+
+    def evaluate(self) -> Iterator[Event]:
+        """Fill the models x windows matrix, window by window."""
+        evaluation = self.pipeline.evaluation
+        windows = list(evaluation.windows(self.view))
+        if not all(isinstance(window, Window) for window in windows):
+            raise PolicyError("windows must return dynkit Windows: Window(start_ns, end_ns)")
+        models = dict.fromkeys(trained.model for trained in self.view.trained)
+        done = self.owner.evaluated_windows()
+        left = sorted({window for window in windows if (window.start_ns, window.end_ns) not in done})
+        if not models or not left:
+            return
+        with seeded(self.pipeline.seed):
+            module = self.pipeline.model()
+        scored = evaluate(
+            module,
+            {model: self.owner.store.load(model) for model in models},
+            left,
+            self.version,
+            evaluation.resolved(),
+            device=self.device,
+            batch_size=evaluation.batch_size,
+            on_batch=lambda samples: self.owner.check(),
+        )
+        for n, (window, samples, scores) in enumerate(scored, 1):
+            share = 1 - _EVALUATION_SHARE * (1 - n / len(left))
+            self.owner.progress = {"phase": "evaluating", "fraction": share, "window": n, "windows": len(left)}
+            yield self.owner.commit_window(window, samples, scores)
+
+
+def _pickled(policy: Any) -> bytes:
+    try:
+        return bytes(cloudpickle.dumps(policy))
+    except Exception as error:
+        raise PolicyError(f"{describe(policy)} cannot be saved, so the run could not continue later: {error}") from error
+
+
+def _positions(decision: Any, height: int) -> Iterator[int]:
+    """Row positions of a trigger's decision, checked, lazily: a generator goes on after each training."""
+    if isinstance(decision, bool | np.bool_) or decision is None:
+        if decision:
+            yield height - 1
+        return
+    if not isinstance(decision, Iterable):
+        raise PolicyError(f"the trigger returned {decision!r}; expected True, False or row positions of `new`")
+    last = -2
+    for position in decision:
+        if not isinstance(position, int | np.integer) or isinstance(position, bool) or not last < position < height:
+            raise PolicyError(
+                f"the trigger returned position {position!r} after {last}; expected increasing whole numbers "
+                f"from -1 to {height - 1}"
+            )
+        last = int(position)
+        yield last
+
+
+def _keys_and_weights(chosen: Any) -> "tuple[IntArray, np.ndarray[Any, Any] | None]":
+    """Convert what a selection returned to int64 keys and float32 weights."""
+    weights = None
+    if isinstance(chosen, pl.DataFrame):
+        if "key" not in chosen.columns:
+            raise PolicyError(f"the selection returned a frame without a column key: {chosen.columns}")
+        if "weight" in chosen.columns:
+            weights = chosen["weight"].cast(pl.Float32).to_numpy()
+            if not (np.isfinite(weights).all() and (weights >= 0).all()):
+                raise PolicyError("the selection returned weights that are negative, null or not finite")
+        chosen = chosen["key"]
+    try:
+        return np.ascontiguousarray(as_keys(chosen)), weights
+    except (InvalidInput, TypeError, ValueError) as error:
+        raise PolicyError(f"the selection must return keys or a frame with columns key and weight: {error}") from error

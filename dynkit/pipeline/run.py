@@ -1,0 +1,356 @@
+"""A Run by its id: how it goes, what came out, and how to steer it.
+
+A Run reads the catalog and nothing else, so it works from any process, while the run is going and after, and never
+loads user code.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import sqlalchemy as sa
+
+from dynkit import catalog as tables
+from dynkit import html
+from dynkit.catalog import Catalog
+from dynkit.errors import Conflict, NotFound, StorageError, WaitTimeout
+from dynkit.evaluation.composite import CompositeKind, composite, mean_scores
+from dynkit.pipeline.owner import insert_event, trained_of
+from dynkit.pipeline.process import ACTIVE, identity, true_status
+from dynkit.time import to_datetime
+from dynkit.types import Event, Trained
+
+__all__ = ["Run"]
+
+_POLL_S = 0.1
+_ACKNOWLEDGE_S = 15.0  # how long pause and cancel wait for the run to obey
+_CRASHES = {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL}
+_LOG_TAIL_LINES = 30
+_CURVE = ["window_start", "window_end", "model", "metric", "value"]
+
+
+class Run:
+    """Handle of one execution of a pipeline; made by `Pipeline.start`, found again by `Workspace.run`.
+
+    Parameters
+    ----------
+    catalog : Catalog
+    id : str
+        The run's id, or a beginning of it that fits only one run.
+
+    Raises
+    ------
+    NotFound
+    """
+
+    def __init__(self, catalog: Catalog, id: str) -> None:
+        self._catalog = catalog
+        with catalog.read() as connection:
+            query = sa.select(tables.runs.c.id).where(tables.runs.c.id.startswith(id, autoescape=True))
+            found = connection.scalars(query.limit(2)).all()
+        if len(found) != 1:
+            problem = "more than one run begins" if found else "no run begins"
+            raise NotFound(f"{problem} with {id!r} in {catalog.root}; ws.runs() lists them")
+        self.id = found[0]
+        self._reaper: threading.Thread | None = None
+
+    # -- how it goes ---------------------------------------------------------------------------------------------
+
+    def _row(self) -> Any:
+        with self._catalog.read() as connection:
+            return connection.execute(sa.select(tables.runs).where(tables.runs.c.id == self.id)).one()
+
+    @property
+    def name(self) -> str:
+        """Name of the pipeline."""
+        return str(self._row().name)
+
+    @property
+    def status(self) -> str:
+        """``running``, ``paused``, ``finished``, ``failed``, ``cancelled`` or ``interrupted``.
+
+        Interrupted means that its process is gone without having ended the run; `resume` continues it.
+        """
+        status = true_status(self._row())
+        if status == "interrupted" and self._reaper is not None:
+            self._reaper.join(5)  # the one who saw the exit code may know better
+            status = true_status(self._row())
+        return status
+
+    @property
+    def pid(self) -> int:
+        """Process that owns the run, or owned it last."""
+        return int(self._row().pid)
+
+    @property
+    def error(self) -> str | None:
+        """Traceback or reason of a run that failed or was interrupted, else None."""
+        error: str | None = self._row().error
+        return error
+
+    @property
+    def progress(self) -> dict[str, Any]:
+        """What it is doing: phase, fraction (0 to 1), elapsed_s, eta_s (None while unknown) and details."""
+        progress: dict[str, Any] = self._row().progress
+        return progress
+
+    @property
+    def pipeline(self) -> dict[str, Any]:
+        """The declaration, as JSON values."""
+        description: dict[str, Any] = self._row().pipeline
+        return description
+
+    @property
+    def created(self) -> Any:
+        """When the run was made, as a UTC datetime."""
+        return to_datetime(self._row().created_ns)
+
+    @property
+    def folder(self) -> Path:
+        """Where its log and selections are."""
+        return self._catalog.root / "runs" / self.id
+
+    def events(self, since: int = 0) -> list[Event]:
+        """Events from number `since` on, oldest first."""
+        events = tables.events
+        query = sa.select(events).where(events.c.run == self.id, events.c.seq >= since).order_by(events.c.seq)
+        with self._catalog.read() as connection:
+            return [Event(*row) for row in connection.execute(query)]
+
+    # -- what came out -------------------------------------------------------------------------------------------
+
+    @property
+    def trained(self) -> list[Trained]:
+        """Its committed triggers, oldest first."""
+        with self._catalog.read() as connection:
+            return trained_of(connection, self.id)
+
+    def models(self) -> pl.DataFrame:
+        """One row per trigger: index, last_timestamp, position, samples, samples_passed, model, select_s, train_s, report."""
+        triggers = tables.triggers
+        query = sa.select(triggers).where(triggers.c.run == self.id).order_by(triggers.c.index)
+        with self._catalog.read() as connection:
+            rows = connection.execute(query).all()
+        names = ("index", "last_ns", "position", "samples", "samples_passed", "model", "select_s", "train_s")
+        schema = {**dict.fromkeys(names, pl.Int64), "model": pl.String, "select_s": pl.Float64, "train_s": pl.Float64}
+        frame = pl.DataFrame({name: [row._mapping[name] for row in rows] for name in names}, schema=schema)
+        reports = pl.Series("report", [json.dumps(row.report) for row in rows], dtype=pl.String)
+        last = pl.from_epoch("last_ns", time_unit="ns").dt.replace_time_zone("UTC").alias("last_timestamp")
+        return frame.select("index", last, pl.exclude("index", "last_ns")).with_columns(reports)
+
+    def selection(self, index: int) -> pl.DataFrame:
+        """Keys (and weights, if there were any) that trigger `index` trained on.
+
+        Raises
+        ------
+        NotFound
+        """
+        path = self.folder / "selections" / f"{index:06d}.arrow"
+        if not 0 <= index < len(self.trained):
+            raise NotFound(f"run {self.id} has no trigger {index}; it has {len(self.trained)}")
+        try:
+            return pl.read_ipc(path)
+        except (OSError, pl.exceptions.PolarsError) as error:
+            raise StorageError(f"the selection {path} cannot be read: {error}") from error
+
+    def matrix(self) -> pl.DataFrame:
+        """Scores of all models in all windows: window_start, window_end, model, metric, value.
+
+        The value is null where a metric is undefined in a window (ROC-AUC of one class only).
+        """
+        return self._matrix().select(_CURVE)
+
+    def composite(self, kind: CompositeKind = "active") -> pl.DataFrame:
+        """One score per window and metric: of the model in use (``"active"``) or the one trained there (``"trained"``).
+
+        Columns as in `matrix`.
+        """
+        return composite(self._matrix(), self.trained, kind).select(_CURVE)
+
+    def scores(self, kind: CompositeKind = "active") -> pl.DataFrame:
+        """Aggregates of the composite curve: metric, mean, time_weighted, windows."""
+        return mean_scores(self.composite(kind))
+
+    def _matrix(self) -> pl.DataFrame:
+        table, triggers = tables.evaluations, tables.triggers
+        order = (
+            sa.select(triggers.c.model, sa.func.min(triggers.c.index).label("first"))
+            .where(triggers.c.run == self.id)
+            .group_by(triggers.c.model)
+            .subquery()
+        )
+        query = (
+            sa.select(
+                table.c.window_start_ns.label("window_start"),
+                table.c.window_end_ns.label("window_end"),
+                table.c.window_anchor_ns.label("window_anchor"),
+                table.c.model,
+                table.c.metric,
+                table.c.value,
+            )
+            .join(order, order.c.model == table.c.model)
+            .where(table.c.run == self.id)
+            .order_by(order.c.first, table.c.window_start_ns, table.c.window_end_ns, table.c.metric)
+        )
+        with self._catalog.read() as connection:
+            rows = connection.execute(query).all()
+        times = ("window_start", "window_end", "window_anchor")
+        schema = {**dict.fromkeys(times, pl.Int64), "model": pl.String, "metric": pl.String, "value": pl.Float64}
+        frame = pl.DataFrame([tuple(row) for row in rows], schema=schema, orient="row")
+        return frame.with_columns(pl.from_epoch(pl.col(times), time_unit="ns").dt.replace_time_zone("UTC"))
+
+    # -- how to steer it -----------------------------------------------------------------------------------------
+
+    def wait(self, timeout_s: float | None = None) -> str:
+        """Wait until the run has ended and return its status; interrupting the wait leaves the run going.
+
+        Raises
+        ------
+        WaitTimeout
+            When it has not ended after `timeout_s` seconds.
+        """
+        deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
+        while (status := self.status) in ACTIVE:
+            if deadline_s is not None and time.monotonic() >= deadline_s:
+                raise WaitTimeout(f"run {self.id} is still {status} after {timeout_s:g} s; it goes on")
+            time.sleep(_POLL_S)
+        return status
+
+    def pause(self) -> "Run":
+        """Let it stand still between two batches, keeping its device; `resume` lets it go on."""
+        return self._ask("pause")
+
+    def cancel(self) -> "Run":
+        """End it after the present batch; what was committed stays."""
+        return self._ask("cancel")
+
+    def _ask(self, request: str) -> "Run":
+        runs = tables.runs
+        with self._catalog.write() as connection:
+            row = connection.execute(sa.select(runs).where(runs.c.id == self.id)).one()
+            status = true_status(row)
+            if status not in ACTIVE:
+                raise Conflict(f"run {self.id} is {status}; only a running one can be asked to {request}")
+            connection.execute(sa.update(runs).where(runs.c.id == self.id).values(request=request))
+        self._until(lambda status: status not in ACTIVE or (request, status) == ("pause", "paused"))
+        return self
+
+    def resume(self) -> "Run":
+        """Let a paused run go on; continue one that was interrupted, cancelled or failed in a new process.
+
+        It goes on from its last committed trigger and ends in the same result as if nothing had happened.
+
+        Raises
+        ------
+        Conflict
+            When it has finished.
+        """
+        status = self.status
+        runs = tables.runs
+        if status in ACTIVE:
+            with self._catalog.write() as connection:
+                connection.execute(sa.update(runs).where(runs.c.id == self.id).values(request=None))
+            self._until(lambda status: status != "paused")
+            return self
+        if status == "finished":
+            raise Conflict(f"run {self.id} has finished; start the pipeline again for a new one")
+        with self._catalog.write() as connection:  # one of several who try gets it
+            row = connection.execute(sa.select(runs).where(runs.c.id == self.id)).one()
+            if true_status(row) in ACTIVE:
+                return self
+            values = {"status": "running", "request": None, "error": None, "ended_ns": None}
+            connection.execute(sa.update(runs).where(runs.c.id == self.id).values(**values, **identity()))
+        return self._spawn()
+
+    def _until(self, reached: Any) -> None:
+        deadline_s = time.monotonic() + _ACKNOWLEDGE_S
+        while not reached(self.status) and time.monotonic() < deadline_s:
+            time.sleep(_POLL_S / 2)
+
+    def _spawn(self) -> "Run":
+        """Start the worker process and note how it ends."""
+        with (self.folder / "worker.log").open("ab") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "dynkit.pipeline.worker", str(self._catalog.root), self.id],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # the notebook's interrupt and restart are not for the worker
+                env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            )
+        with self._catalog.write() as connection, contextlib.suppress(Exception):
+            owner = identity(process.pid)
+            connection.execute(sa.update(tables.runs).where(tables.runs.c.id == self.id).values(**owner))
+        self._reaper = threading.Thread(target=self._reap, args=(process,), name=f"dynkit-{self.id}", daemon=True)
+        self._reaper.start()
+        return self
+
+    def _reap(self, process: "subprocess.Popen[bytes]") -> None:
+        """Wait for the worker; if it went without ending its run, say how."""
+        code = process.wait()
+        runs = tables.runs
+        if code >= 0 or -code in _CRASHES:
+            how = f"exited with code {code}" if code >= 0 else f"crashed with signal {-code}"
+            status, advice = "failed", "the end of its log:"
+        else:
+            how = f"was ended by signal {-code}"
+            status, advice = "interrupted", "run.resume() continues it (signal 9 can mean: out of memory). Its log ends:"
+        with self._catalog.write() as connection:
+            row = connection.execute(sa.select(runs).where(runs.c.id == self.id)).one()
+            if row.status not in ACTIVE or row.pid != process.pid:
+                return
+            phase = ", ".join(f"{key} {value}" for key, value in row.progress.items() if key in ("phase", "trigger"))
+            error = f"the worker process {how} in {phase}; {advice}\n{self.log_tail()}"
+            values = {"status": status, "error": error, "ended_ns": time.time_ns(), "request": None}
+            connection.execute(sa.update(runs).where(runs.c.id == self.id).values(**values))
+            insert_event(connection, self.id, status, {"error": error.splitlines()[0]})
+
+    def log_tail(self) -> str:
+        """Return the last lines of what the worker printed and logged."""
+        try:
+            lines = (self.folder / "worker.log").read_text(errors="replace").splitlines()
+        except FileNotFoundError:
+            return ""
+        return "\n".join(lines[-_LOG_TAIL_LINES:])
+
+    # -- how it looks --------------------------------------------------------------------------------------------
+
+    def __repr__(self) -> str:
+        row = self._row()
+        progress = f", {row.progress['fraction']:.0%}" if row.status in ACTIVE else ""
+        return f"Run({self.id!r}, {row.name!r}, {self.status}{progress})"
+
+    def _repr_html_(self) -> str:
+        return self.to_html(picture=True)
+
+    def to_html(self, *, picture: bool) -> str:
+        """Draw the run as static HTML; with a picture of its composite curve once there is one."""
+        row, status, trained = self._row(), self.status, self.trained
+        began = f"{to_datetime(row.created_ns):%Y-%m-%d %H:%M:%S} UTC"
+        took = f", took {html.duration((row.ended_ns - row.created_ns) / 1e9)}" if row.ended_ns else ""
+        facts = [
+            f"run {self.id}, dataset {row.dataset} version {row.dataset_version}, started {began}{took}",
+            f"{len(trained)} models, {sum(one.samples for one in trained):,} samples selected",
+        ]
+        curve = self.composite() if status not in ACTIVE else None
+        if curve is not None and curve.height:
+            scores = mean_scores(curve).iter_rows(named=True)
+            facts.append("composite mean: " + ", ".join(f"{score['metric']} {score['mean']:.4f}" for score in scores))
+        if row.error:
+            facts.append(row.error.strip().splitlines()[-1 if status == "failed" else 0])
+        if status == "interrupted":
+            facts.append(f"continue it with ws.run({self.id!r}).resume()")
+        body = ""
+        if picture and curve is not None and curve.height:
+            from dynkit import plots
+
+            body = plots.composite({row.name: curve}).to_html()
+        return html.card(row.name, status, row.progress, facts, body)

@@ -1,0 +1,375 @@
+"""Pipelines written as YAML: the same thing as the Python constructors, spelled differently.
+
+::
+
+    dataset: flights
+    model: make_model                  # a name of the notebook, or package.module:name
+    trigger: {time: {every: 30d}}      # triggers.Time(every="30d"); {time: 30d} does too
+    selection: {random: {fraction: 0.5}}
+    training: {epochs: 2, lr: 1e-3}
+    evaluation: {windows: {tumbling: 30d}, metrics: [accuracy, roc_auc]}
+    seed: 1
+
+A mapping with one key names a built-in (or ``package.module:name``) and gives its parameters; a single value goes to
+the first parameter. ``$name`` stands for the value of a notebook variable. Parameters are validated by pydantic
+against the dataclasses themselves, and `schema` turns the same into JSON Schema, which completion uses as well.
+"""
+
+import dataclasses
+import functools
+import importlib
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pydantic
+
+from dynkit import selection, triggers
+from dynkit.catalog import Catalog
+from dynkit.data import Dataset
+from dynkit.errors import DynkitError, InvalidInput, SpecError, did_you_mean
+from dynkit.evaluation import windows
+from dynkit.evaluation.metrics import NAMES as METRICS
+from dynkit.evaluation.settings import Evaluation
+from dynkit.pipeline.declaration import Pipeline
+from dynkit.pipeline.yaml import Document, Path, parse
+from dynkit.policies import snake_case
+from dynkit.training.settings import LOSSES, OPTIMIZERS, SCHEDULES, Training
+
+__all__ = ["BUILT_IN", "KEYS", "NAMED", "build", "schema"]
+
+BUILT_IN: dict[str, dict[str, type[Any]]] = {
+    "trigger": {snake_case(name): getattr(triggers, name) for name in triggers.__all__},
+    "selection": {snake_case(name): getattr(selection, name) for name in selection.__all__},
+    "windows": {snake_case(name): getattr(windows, name) for name in windows.__all__},
+    "metrics": dict(METRICS),
+    "model": {},
+}
+NAMED = {"optimizer": OPTIMIZERS, "schedule": SCHEDULES, "loss": LOSSES, "fit": ()}
+KEYS = ("name", "dataset", "model", "trigger", "selection", "training", "evaluation", "seed")
+_REQUIRED = ("dataset", "model", "trigger", "selection")
+
+
+def build(
+    text: str,
+    catalog: Catalog,
+    *,
+    name: str | None = None,
+    namespace: Mapping[str, Any] | None = None,
+    device: str | None = None,
+) -> Pipeline:
+    """Make the Pipeline that a YAML text declares.
+
+    Parameters
+    ----------
+    text : str
+    catalog : Catalog
+        Where its dataset is.
+    name : str or None
+        The pipeline's name; None takes it from the key ``name``.
+    namespace : mapping or None
+        The notebook's variables, where bare names are looked up.
+    device : str or None
+        Overrides ``training.device``.
+
+    Raises
+    ------
+    SpecError
+        One line with the line number, the path in the YAML, the value, what was expected and the nearest valid name.
+    """
+    builder = _Builder(parse(text), namespace or {})
+    top = builder.mapping((), builder.document.value, KEYS, "a pipeline")
+    for key in _REQUIRED:
+        if key not in top:
+            raise builder.error((), f"key {key!r} is missing; a pipeline needs {', '.join(_REQUIRED)}")
+    if name is None and "name" not in top:
+        raise builder.error((), "key 'name' is missing; give the pipeline a name")
+    training = dict(builder.mapping(("training",), top.get("training", {}), _fields(Training), "training"))
+    if device is not None:
+        training["device"] = device
+    judging = builder.mapping(("evaluation",), top.get("evaluation", {}), _fields(Evaluation), "evaluation")
+    options: dict[str, Any] = {"seed": top["seed"]} if "seed" in top else {}
+    options["name"] = name if name is not None else top["name"]
+    with builder.at(("dataset",)):
+        if not isinstance(top["dataset"], str):
+            raise InvalidInput(f"{top['dataset']!r} is not a dataset name; expected text")
+        options["dataset"] = Dataset(catalog, top["dataset"])
+    options["model"] = builder.model(("model",), top["model"])
+    for role in ("trigger", "selection"):
+        options[role] = builder.policy((role,), top[role], role)
+    options["training"] = builder.training(("training",), training)
+    options["evaluation"] = builder.evaluation(("evaluation",), judging)
+    with builder.at(()):
+        return Pipeline(**options)
+
+
+class _Builder:
+    """Turns parts of a document into objects; every error carries its place."""
+
+    def __init__(self, document: Document, namespace: Mapping[str, Any]) -> None:
+        self.namespace = namespace
+        self.document = document
+        self.document = Document(self._substituted((), document.value), document.lines)
+
+    def error(self, path: Path, message: str) -> SpecError:
+        return self.document.error(path, message)
+
+    def at(self, path: Path) -> "_Place":
+        return _Place(self, path)
+
+    def _substituted(self, path: Path, value: Any) -> Any:
+        """Replace ``$name`` by the notebook's variable, everywhere."""
+        if isinstance(value, dict):
+            return {key: self._substituted((*path, key), item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [self._substituted((*path, i), item) for i, item in enumerate(value)]
+        if isinstance(value, str) and value.startswith("$"):
+            if value[1:] not in self.namespace:
+                raise self.error(path, f"{value!r}: no variable {value[1:]!r} in the notebook{self._near(value[1:])}")
+            return self.namespace[value[1:]]
+        return value
+
+    def _near(self, name: str) -> str:
+        near = did_you_mean(name, [key for key in self.namespace if not key.startswith("_")])
+        return near if near.startswith("; did") else ""
+
+    def mapping(self, path: Path, value: Any, keys: typing.Iterable[str], what: str) -> dict[str, Any]:
+        """Check that `value` is a mapping with these keys only."""
+        if not isinstance(value, dict):
+            found = "nothing" if value is None else repr(value)
+            raise self.error(path, f"{found} is not {what}; expected keys: {', '.join(keys)}")
+        for key in value:
+            if key not in keys:
+                raise self.error((*path, key), f"key {key!r} is not known{did_you_mean(key, keys)}")
+        return value
+
+    def policy(self, path: Path, value: Any, role: str) -> Any:
+        """Make a built-in from its name and parameters, or find the user's own."""
+        named, parameters, inner = self._named(path, value, role)
+        if named in BUILT_IN[role]:
+            return self._construct(inner, BUILT_IN[role][named], {} if parameters is None else parameters)
+        found = self._find(path, named, role)
+        if parameters is None and not isinstance(found, type):
+            return found
+        return self._called(inner, found, parameters)
+
+    def model(self, path: Path, value: Any) -> Any:
+        """Find the user's model; parameters are kept for each time it is made."""
+        named, parameters, inner = self._named(path, value, "model")
+        found = self._find(path, named, "model")
+        if parameters is None:
+            return found
+        if not isinstance(parameters, dict):
+            raise self.error(inner, f"{parameters!r} must be a mapping of parameters")
+        return functools.partial(found, **parameters)
+
+    def _named(self, path: Path, value: Any, role: str) -> tuple[str, Any, Path]:
+        """Split ``name`` or ``{name: parameters}``."""
+        if isinstance(value, str):
+            return value, None, path
+        if isinstance(value, dict) and len(value) == 1:
+            name, parameters = next(iter(value.items()))
+            return name, {} if parameters is None else parameters, (*path, name)
+        if callable(value):  # from $name
+            raise self.error(path, f"write the name without '$' to use a function as {role}")
+        found = f"{len(value)} keys ({', '.join(value)})" if isinstance(value, dict) else repr(value)
+        names = ", ".join(BUILT_IN[role]) or "model"
+        raise self.error(path, f"{found} is not one {role}; expected a name or {{name: parameters}} with one of: {names}")
+
+    def _find(self, path: Path, name: str, role: str) -> Callable[..., Any]:
+        """Look a bare name up in the notebook, or import ``package.module:name``."""
+        if ":" in name:
+            module, _, attribute = name.partition(":")
+            try:
+                found = functools.reduce(getattr, attribute.split("."), importlib.import_module(module))
+            except (ImportError, AttributeError, ValueError) as error:
+                raise self.error(path, f"{name!r} cannot be imported: {error}") from None
+        elif name in self.namespace:
+            found = self.namespace[name]
+        else:
+            public = [key for key, value in self.namespace.items() if callable(value) and not key.startswith("_")]
+            near = did_you_mean(name, [*BUILT_IN.get(role, NAMED.get(role, ())), *public])
+            if not near.startswith("; did"):
+                built_in = ", ".join(BUILT_IN.get(role, NAMED.get(role, ())))
+                near = f"; expected {f'one of {built_in}, ' if built_in else ''}a notebook's function or package.module:name"
+            raise self.error(path, f"{role} {name!r} is not known{near}")
+        if not callable(found):
+            raise self.error(path, f"{name!r} is a {type(found).__name__}, not a function or class that can be a {role}")
+        return typing.cast(Callable[..., Any], found)
+
+    def _construct(self, path: Path, cls: type[Any], parameters: Any) -> Any:
+        """Make a built-in dataclass from YAML parameters."""
+        fields = _fields(cls)
+        if not isinstance(parameters, dict):
+            if not fields:
+                raise self.error(path, f"{snake_case(cls.__name__)} takes no parameters, not {parameters!r}")
+            first = fields[0]
+            with self.at(path):
+                return cls(**self._validated((*path[:-1], path[-1]), cls, {first: parameters}))
+        parameters = self.mapping(path, parameters, fields, snake_case(cls.__name__)) if fields or parameters else {}
+        with self.at(path):
+            return cls(**self._validated(path, cls, parameters))
+
+    def _validated(self, path: Path, cls: type[Any], values: dict[str, Any]) -> dict[str, Any]:
+        """Check types and required parameters with pydantic."""
+        try:
+            _pydantic_model(cls).model_validate(values)
+        except pydantic.ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            name = str(first["loc"][0])
+            if first["type"] == "missing":
+                raise self.error(path, f"parameter {name!r} is missing; {_usage(cls)}") from None
+            raise self.error((*path, name), f"{values.get(name)!r} is not valid; expected {_type_name(cls, name)}") from None
+        return values
+
+    def _called(self, path: Path, found: Callable[..., Any], parameters: Any) -> Any:
+        if not isinstance(parameters, dict | None):
+            raise self.error(path, f"{parameters!r} must be a mapping of parameters")
+        try:
+            return found(**(parameters or {}))
+        except (TypeError, ValueError) as error:
+            raise self.error(path, f"cannot be made: {error}") from None
+
+    def training(self, path: Path, values: dict[str, Any]) -> Training:
+        """Make the training; optimizer, schedule, loss and fit may be the user's own."""
+        resolved = dict(values)
+        for key, known in NAMED.items():
+            value = values.get(key)
+            if isinstance(value, str) and value not in known:
+                resolved[key] = self._find((*path, key), value, key)
+        with self.at(path):
+            return Training(**self._validated(path, Training, resolved))
+
+    def evaluation(self, path: Path, values: dict[str, Any]) -> Evaluation:
+        """Make the evaluation."""
+        resolved = dict(values)
+        if "windows" in values:
+            resolved["windows"] = self.policy((*path, "windows"), values["windows"], "windows")
+        if "metrics" in values:
+            if not isinstance(values["metrics"], list) or not values["metrics"]:
+                raise self.error((*path, "metrics"), f"{values['metrics']!r} is not a list such as [accuracy, roc_auc]")
+            resolved["metrics"] = [
+                self._metric((*path, "metrics", i), metric) for i, metric in enumerate(values["metrics"])
+            ]
+        with self.at(path):
+            return Evaluation(**self._validated(path, Evaluation, resolved))
+
+    def _metric(self, path: Path, value: Any) -> Any:
+        is_top = isinstance(value, str) and value.startswith("top_") and value[4:].isdigit()
+        return value if is_top else self.policy(path, value, "metrics")
+
+
+class _Place:
+    """Turns the errors of Python constructors into errors at a place of the document."""
+
+    def __init__(self, builder: _Builder, path: Path) -> None:
+        self._builder, self._path = builder, path
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, DynkitError) and not isinstance(error, SpecError):
+            name = str(error).partition("=")[0].partition(":")[0]
+            path = (*self._path, name) if (*self._path, name) in self._builder.document.lines else self._path
+            raise self._builder.error(path, str(error)) from None
+
+
+def _fields(cls: type[Any]) -> list[str]:
+    return [field.name for field in dataclasses.fields(cls)]
+
+
+@functools.cache
+def _pydantic_model(cls: type[Any]) -> type[pydantic.BaseModel]:
+    hints = typing.get_type_hints(cls)
+    fields: dict[str, Any] = {}
+    for field in dataclasses.fields(cls):
+        default: Any = field.default
+        if default is dataclasses.MISSING:
+            default = ... if field.default_factory is dataclasses.MISSING else None
+        hint = Any if field.name in ("windows", "metrics") else hints[field.name]
+        fields[field.name] = (hint, default)
+    config = pydantic.ConfigDict(extra="forbid", strict=True)
+    return pydantic.create_model(cls.__name__, __config__=config, **fields)
+
+
+def _type_name(cls: type[Any], name: str) -> str:
+    """Spell a field's type in words."""
+    hint = typing.get_type_hints(cls)[name]
+    options = typing.get_args(hint) if typing.get_origin(hint) is not typing.Literal else (hint,)
+    words = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+    spelled = [words.get(option, "a function's name") for option in (options or (hint,))]
+    return " or ".join(dict.fromkeys(spelled))
+
+
+def _usage(cls: type[Any]) -> str:
+    required = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING]
+    return f"write {{{snake_case(cls.__name__)}: {{{', '.join(f'{name}: ...' for name in required)}}}}}"
+
+
+def schema() -> dict[str, Any]:
+    """JSON Schema of a pipeline written as YAML, for editors: ``dynkit schema > dynkit.schema.json``."""
+    reference = {"type": "string", "description": "a notebook's name or package.module:name"}
+
+    def parameters(cls: type[Any]) -> dict[str, Any]:
+        made = _pydantic_model(cls)
+        described = {name: _json_type(cls, name) for name in made.model_fields}
+        required = [name for name, field in made.model_fields.items() if field.is_required()]
+        return {
+            "type": "object",
+            "description": (cls.__doc__ or "").splitlines()[0],
+            "properties": described,
+            "required": required,
+            "additionalProperties": False,
+        }
+
+    def policy(role: str) -> dict[str, Any]:
+        named = [
+            {
+                "type": "object",
+                "properties": {name: {"anyOf": [parameters(cls), {"type": ["string", "number", "null"]}]}},
+                "required": [name],
+                "additionalProperties": False,
+            }
+            for name, cls in BUILT_IN[role].items()
+        ]
+        return {"anyOf": [{"enum": list(BUILT_IN[role])}, *named, reference, {"type": "object", "maxProperties": 1}]}
+
+    training, judging = parameters(Training), parameters(Evaluation)
+    for key, known in NAMED.items():
+        training["properties"][key] = {"anyOf": [{"enum": list(known)}, reference, {"type": "null"}]}
+    judging["properties"]["windows"] = policy("windows")
+    judging["properties"]["metrics"] = {"type": "array", "items": policy("metrics"), "minItems": 1}
+    properties = {
+        "name": {"type": "string"},
+        "dataset": {"type": "string"},
+        "model": policy("model"),
+        "trigger": policy("trigger"),
+        "selection": policy("selection"),
+        "training": training,
+        "evaluation": judging,
+        "seed": {"type": "integer", "minimum": 0},
+    }
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "dynkit pipeline",
+        "type": "object",
+        "properties": properties,
+        "required": list(_REQUIRED),
+        "additionalProperties": False,
+    }
+
+
+def _json_type(cls: type[Any], name: str) -> dict[str, Any]:
+    """JSON Schema of one parameter; what only code can give (functions) is described as a name."""
+    hint = typing.get_type_hints(cls)[name]
+    options = typing.get_args(hint) or (hint,)
+    words = {int: "integer", float: "number", str: "string", bool: "boolean", type(None): "null"}
+    kinds = list(dict.fromkeys(words.get(option, "string") for option in options))
+    found: dict[str, Any] = {"type": kinds[0] if len(kinds) == 1 else kinds}
+    if typing.get_origin(hint) is typing.Literal:
+        found = {"enum": list(options)}
+    default = next(f.default for f in dataclasses.fields(cls) if f.name == name)
+    if isinstance(default, bool | int | float | str):
+        found["default"] = default
+    return found

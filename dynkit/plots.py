@@ -1,0 +1,184 @@
+"""Charts as pure functions of frames, drawn without a browser or a network.
+
+A function takes frames as `Run` and `compare` return them and gives a `Figure`: an Altair chart with a static picture
+of itself, which shows in a saved, exported or untrusted notebook and offline. Colours are Okabe and Ito's, told apart
+by shape too; heat maps use cividis.
+"""
+
+import base64
+import html
+import io
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import altair as alt
+import polars as pl
+
+from dynkit.errors import InvalidInput, did_you_mean
+
+__all__ = ["Figure", "composite", "cost", "matrix"]
+
+_COLOURS = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000"]
+_WIDTH = 640
+_SHORT_ID = 8
+
+
+@dataclass(frozen=True)
+class Figure:
+    """An Altair chart that shows as a static picture wherever it is displayed.
+
+    Parameters
+    ----------
+    chart : altair.TopLevelMixin
+        The chart, for interactive use or changes of your own.
+    title : str
+        What it shows, in words; the picture's alternative text.
+    """
+
+    chart: Any
+    title: str
+
+    def svg(self) -> str:
+        """Return the picture as SVG text."""
+        out = io.StringIO()
+        self.chart.save(out, format="svg")
+        return out.getvalue()
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the picture; the suffix (.svg, .png, .pdf, .html, .json) says how."""
+        suffix = Path(path).suffix.lstrip(".")
+        if suffix not in {"svg", "png", "pdf", "html", "json"}:
+            raise InvalidInput(f"{Path(path).name!r}: use the suffix .svg, .png, .pdf, .html or .json")
+        self.chart.save(str(path), format=suffix, **({"inline": True} if suffix == "html" else {}))
+
+    def to_html(self) -> str:
+        """Return the picture as an HTML figure that needs nothing from outside."""
+        source = base64.b64encode(self.svg().encode()).decode()
+        title = html.escape(self.title)
+        return (
+            f'<figure style="margin:0.5em 0"><img alt="{title}" style="max-width:100%;background:#fff" '
+            f'src="data:image/svg+xml;base64,{source}"></figure>'
+        )
+
+    def __repr__(self) -> str:
+        return f"Figure({self.title!r})"
+
+    def _repr_html_(self) -> str:
+        return self.to_html()
+
+
+def matrix(frame: pl.DataFrame, metric: str | None = None) -> Figure:
+    """Heat map of models x windows.
+
+    Parameters
+    ----------
+    frame : pl.DataFrame
+        As `Run.matrix`: window_start, window_end, model, metric, value; models in the order they were trained.
+    metric : str or None
+        Which one; None takes the first.
+    """
+    chosen, frame = _one_metric(frame, metric)
+    models = frame["model"].unique(maintain_order=True).to_list()
+    names = {model: f"{i + 1}: {model[:_SHORT_ID]}" for i, model in enumerate(models)}
+    base = alt.Chart(_rows(frame.with_columns(pl.col("model").replace(names))), width=_WIDTH, height=alt.Step(22))
+    title = f"{chosen} of each model in each window"
+    chart = base.mark_rect(stroke="#fff", strokeWidth=0.5).encode(
+        x=alt.X("window_start:T", title="window", scale=alt.Scale(type="utc"), axis=alt.Axis(grid=False)),
+        x2="window_end:T",
+        y=alt.Y("model:N", title="model, in order of training", sort=list(names.values())),
+        color=alt.Color("value:Q", title=chosen, scale=alt.Scale(scheme="cividis", zero=False)),
+        tooltip=["model:N", "window_start:T", "window_end:T", alt.Tooltip("value:Q", format=".4f")],
+    )
+    return Figure(_styled(chart, title), title)
+
+
+def composite(curves: Mapping[str, pl.DataFrame], metric: str | None = None) -> Figure:
+    """Line per pipeline: the score of its composite model in each window.
+
+    Parameters
+    ----------
+    curves : mapping of name to frame
+        Frames as `Run.composite` returns them.
+    metric : str or None
+        Which one; None takes the first.
+    """
+    picked = [(name, *_one_metric(curve, metric)) for name, curve in curves.items() if curve.height]
+    if not picked:
+        raise InvalidInput("no curve has a window; the runs trained no model that answers for one")
+    chosen = picked[0][1]
+    middle = pl.col("window_start") + (pl.col("window_end") - pl.col("window_start")) / 2
+    frame = pl.concat([curve.select(middle.alias("time"), "value", pipeline=pl.lit(name)) for name, _, curve in picked])
+    names = [name for name, _, _ in picked]
+    colour = alt.Color("pipeline:N", sort=names, scale=alt.Scale(domain=names, range=_COLOURS), title=None)
+    encoding = {
+        "x": alt.X("time:T", title="middle of the window", scale=alt.Scale(type="utc")),
+        "y": alt.Y("value:Q", title=chosen, scale=alt.Scale(zero=False)),
+        "color": colour,
+        "tooltip": ["pipeline:N", "time:T", alt.Tooltip("value:Q", format=".4f")],
+    }
+    base = alt.Chart(_rows(frame), width=_WIDTH, height=280).encode(**encoding)
+    points = base.mark_point(filled=True, size=45).encode(
+        shape=alt.Shape("pipeline:N", sort=names, scale=alt.Scale(domain=names), title=None)
+    )
+    title = f"{chosen} of the composite model over time"
+    return Figure(_styled(base.mark_line(strokeWidth=2) + points, title), title)
+
+
+def cost(frame: pl.DataFrame, metric: str | None = None, *, by: str = "samples_trained") -> Figure:
+    """Scatter of cost against score, a point per run.
+
+    Parameters
+    ----------
+    frame : pl.DataFrame
+        As ``compare(runs).frame``.
+    metric : str or None
+        Which one; None takes the first.
+    by : str
+        Column that is the cost: ``"samples_trained"``, ``"train_s"`` or ``"trainings"``.
+    """
+    chosen, frame = _one_metric(frame, metric)
+    units = {"samples_trained": "samples trained on, all epochs", "train_s": "seconds of training", "trainings": "trainings"}
+    if by not in units:
+        raise InvalidInput(f"by={by!r} is not a cost{did_you_mean(by, units)}")
+    names = frame["name"].to_list()
+    base = alt.Chart(_rows(frame), width=_WIDTH, height=280).encode(
+        x=alt.X(f"{by}:Q", title=units[by]),
+        y=alt.Y("mean:Q", title=f"mean {chosen}", scale=alt.Scale(zero=False, padding=20)),
+    )
+    colour = alt.Color("name:N", sort=names, scale=alt.Scale(domain=names, range=_COLOURS), title=None)
+    points = base.mark_point(filled=True, size=90).encode(
+        color=colour,
+        shape=alt.Shape("name:N", sort=names, scale=alt.Scale(domain=names), title=None),
+        tooltip=["name:N", f"{by}:Q", alt.Tooltip("mean:Q", format=".4f")],
+    )
+    title = f"cost ({units[by]}) against mean {chosen}"
+    return Figure(_styled(points, title), title)
+
+
+def _one_metric(frame: pl.DataFrame, metric: str | None) -> tuple[str, pl.DataFrame]:
+    names = frame["metric"].unique(maintain_order=True).to_list()
+    if not names:
+        raise InvalidInput("there are no scores to draw; the run has no evaluated window yet")
+    chosen = names[0] if metric is None else metric
+    if chosen not in names:
+        raise InvalidInput(f"metric {chosen!r} is not in the frame{did_you_mean(chosen, names)}")
+    return chosen, frame.filter(pl.col("metric") == chosen)
+
+
+def _rows(frame: pl.DataFrame) -> Any:
+    """Inline data, times as ISO 8601 text in UTC; Altair's own row limit is for data that is not aggregated yet."""
+    times = [name for name, dtype in frame.schema.items() if isinstance(dtype, pl.Datetime)]
+    text = frame.with_columns(pl.col(times).dt.strftime("%Y-%m-%dT%H:%M:%S%.3fZ"))
+    return alt.InlineData(values=text.to_dicts())
+
+
+def _styled(chart: Any, title: str) -> Any:
+    return (
+        chart.properties(title=alt.Title(title, anchor="start", fontSize=13), background="#ffffff", padding=12)
+        .configure_view(stroke=None)
+        .configure_axis(labelFontSize=11, titleFontSize=11, gridColor="#e6e6e6", labelColor="#333", titleColor="#333")
+        .configure_legend(labelFontSize=11, titleFontSize=11, orient="bottom", columns=4, labelLimit=300)
+    )
