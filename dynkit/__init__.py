@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dynkit import errors, plots, selection, triggers
-    from dynkit.pipeline.compare import compare
     from dynkit.data import Dataset
     from dynkit.evaluation import Evaluation, metrics, windows
     from dynkit.pipeline import Pipeline, Run
+    from dynkit.pipeline.compare import compare
     from dynkit.training import Training
     from dynkit.types import Event, Window
     from dynkit.workspace import Workspace

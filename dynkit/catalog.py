@@ -194,7 +194,10 @@ class Catalog:
     @contextmanager
     def _connect(self, *, write: bool) -> Iterator[sa.Connection]:
         try:
-            with self._engine.connect().execution_options(dynkit_write=write) as connection, connection.begin():
+            with (
+                self._engine.connect().execution_options(dynkit_write=write) as connection,
+                connection.begin(),
+            ):
                 yield connection
         except sa.exc.DatabaseError as error:
             if isinstance(error, sa.exc.IntegrityError):
@@ -219,5 +222,3 @@ def _configure(connection: Any, record: Any) -> None:
 def _begin(connection: sa.Connection) -> None:
     write = connection.get_execution_options().get("dynkit_write", False)
     connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
-
-

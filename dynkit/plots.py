@@ -86,7 +86,12 @@ def matrix(frame: pl.DataFrame, metric: str | None = None) -> Figure:
     base = alt.Chart(_rows(frame.with_columns(pl.col("model").replace(names))), width=_WIDTH, height=alt.Step(22))
     title = f"{chosen} of each model in each window"
     chart = base.mark_rect(stroke="#fff", strokeWidth=0.5).encode(
-        x=alt.X("window_start:T", title="window", scale=alt.Scale(type="utc"), axis=alt.Axis(grid=False)),
+        x=alt.X(
+            "window_start:T",
+            title="window",
+            scale=alt.Scale(type="utc"),
+            axis=_time_axis(frame["window_start"]),
+        ),
         x2="window_end:T",
         y=alt.Y("model:N", title="model, in order of training", sort=list(names.values())),
         color=alt.Color("value:Q", title=chosen, scale=alt.Scale(scheme="cividis", zero=False)),
@@ -113,8 +118,13 @@ def composite(curves: Mapping[str, pl.DataFrame], metric: str | None = None) -> 
     frame = pl.concat([curve.select(middle.alias("time"), "value", pipeline=pl.lit(name)) for name, _, curve in picked])
     names = [name for name, _, _ in picked]
     colour = alt.Color("pipeline:N", sort=names, scale=alt.Scale(domain=names, range=_COLOURS), title=None)
-    encoding = {
-        "x": alt.X("time:T", title="middle of the window", scale=alt.Scale(type="utc")),
+    encoding: dict[str, Any] = {
+        "x": alt.X(
+            "time:T",
+            title="middle of the window",
+            scale=alt.Scale(type="utc"),
+            axis=_time_axis(frame["time"]),
+        ),
         "y": alt.Y("value:Q", title=chosen, scale=alt.Scale(zero=False)),
         "color": colour,
         "tooltip": ["pipeline:N", "time:T", alt.Tooltip("value:Q", format=".4f")],
@@ -140,7 +150,11 @@ def cost(frame: pl.DataFrame, metric: str | None = None, *, by: str = "samples_t
         Column that is the cost: ``"samples_trained"``, ``"train_s"`` or ``"trainings"``.
     """
     chosen, frame = _one_metric(frame, metric)
-    units = {"samples_trained": "samples trained on, all epochs", "train_s": "seconds of training", "trainings": "trainings"}
+    units = {
+        "samples_trained": "samples trained on, all epochs",
+        "train_s": "seconds of training",
+        "trainings": "trainings",
+    }
     if by not in units:
         raise InvalidInput(f"by={by!r} is not a cost{did_you_mean(by, units)}")
     names = frame["name"].to_list()
@@ -173,6 +187,14 @@ def _rows(frame: pl.DataFrame) -> Any:
     times = [name for name, dtype in frame.schema.items() if isinstance(dtype, pl.Datetime)]
     text = frame.with_columns(pl.col(times).dt.strftime("%Y-%m-%dT%H:%M:%S%.3fZ"))
     return alt.InlineData(values=text.to_dicts())
+
+
+def _time_axis(times: pl.Series) -> alt.Axis:
+    """Ticks in the unit that the span calls for."""
+    first, last = times.min(), times.max()
+    days = (last - first).total_seconds() / 86_400  # type: ignore[operator, union-attr]  # datetimes
+    form = "%Y" if days > 2000 else "%b %Y" if days > 90 else "%b %d" if days > 3 else "%b %d %H:%M"
+    return alt.Axis(format=form, tickCount=8, labelOverlap=True)
 
 
 def _styled(chart: Any, title: str) -> Any:

@@ -12,7 +12,7 @@ from dynkit.catalog import Catalog
 from dynkit.data import Dataset
 from dynkit.lineage import Lineage
 from dynkit.models import ModelStore
-from dynkit.pipeline import Pipeline, Run
+from dynkit.pipeline import Pipeline, Run, Runs
 
 __all__ = ["Workspace"]
 
@@ -107,14 +107,14 @@ class Workspace:
         """
         return Run(self.catalog, id)
 
-    def runs(self, name: str | None = None) -> list[Run]:
+    def runs(self, name: str | None = None) -> Runs:
         """Return the runs, newest first; only those of one pipeline when `name` is given."""
         runs = tables.runs
         query = sa.select(runs.c.id).order_by(runs.c.created_ns.desc())
         if name is not None:
             query = query.where(runs.c.name == name)
         with self.catalog.read() as connection:
-            return [Run(self.catalog, id) for id in connection.scalars(query).all()]
+            return Runs(Run(self.catalog, id) for id in connection.scalars(query).all())
 
     def find(self, pipeline: Pipeline) -> Run | None:
         """Return the newest run of an equal pipeline on the same samples that is going or finished, if there is one."""

@@ -38,7 +38,9 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 def check_name(name: str, what: str) -> str:
     """Return `name` if it can be a folder name everywhere."""
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise InvalidInput(f"{what} name {name!r}: use letters, digits, '.', '_' and '-', starting with a letter or digit")
+        raise InvalidInput(
+            f"{what} name {name!r}: use letters, digits, '.', '_' and '-', starting with a letter or digit"
+        )
     return name
 
 
@@ -78,7 +80,9 @@ class Dataset:
 
     def __repr__(self) -> str:
         opened = self._open()
-        return f"Dataset({self.name!r}, version={opened.number}, samples={opened.rows}, fields={opened.schema['fields']})"
+        return (
+            f"Dataset({self.name!r}, version={opened.number}, samples={opened.rows}, fields={opened.schema['fields']})"
+        )
 
     def __len__(self) -> int:
         return self._open().rows
@@ -92,7 +96,14 @@ class Dataset:
 
     @classmethod
     def create(
-        cls, catalog: Catalog, name: str, data: Any, *, timestamp: str, label: str | None, features: Sequence[str] | None
+        cls,
+        catalog: Catalog,
+        name: str,
+        data: Any,
+        *,
+        timestamp: str,
+        label: str | None,
+        features: Sequence[str] | None,
     ) -> "Dataset":
         """Make a dataset of its first samples; with the very same samples again, open it instead."""
         folder = catalog.root / "datasets" / check_name(name, "dataset")
@@ -159,7 +170,7 @@ class Dataset:
         return _commit(self._folder, prepared, prepared.content_hash(), create=False)
 
     def table(self, start: Instant | None = None, end: Instant | None = None) -> pl.DataFrame:
-        """Samples of ``[start, end)`` in replay order: key, timestamp, label and scalar columns.
+        """Return the samples of ``[start, end)`` in replay order: key, timestamp, label and scalar columns.
 
         Parameters
         ----------
@@ -218,7 +229,7 @@ def _position(table: pl.DataFrame, ns: int) -> int:
 def _head(folder: Path) -> int:
     """Newest committed version, 0 when there is none."""
     try:
-        return max((int(name[:-5]) for name in os.listdir(folder / "versions") if name.endswith(".json")), default=0)
+        return max((int(path.stem) for path in (folder / "versions").iterdir() if path.suffix == ".json"), default=0)
     except FileNotFoundError:
         return 0
 

@@ -182,7 +182,7 @@ def _timestamps(series: pl.Series) -> pl.Series:
 
 def _labels(series: pl.Series) -> pl.Series:
     if not (series.dtype.is_numeric() or series.dtype == pl.Boolean) or series.dtype.is_decimal():
-        advice = "pl.col({0!r}).cast(pl.Categorical).to_physical().cast(pl.Int64)".format(series.name)
+        advice = f"pl.col({series.name!r}).cast(pl.Categorical).to_physical().cast(pl.Int64)"
         raise InvalidInput(f"label column {series.name!r} is {series.dtype}; encode it as numbers first: {advice}")
     _refuse_nulls(series, "label", "fill them or drop those rows")
     if series.dtype.is_float() and series.is_nan().any():
@@ -204,7 +204,8 @@ def _features(frame: pl.DataFrame, features: Sequence[str]) -> np.ndarray[Any, A
     text = [name for name in features if not (frame.schema[name].is_numeric() or frame.schema[name] == pl.Boolean)]
     if text:
         raise InvalidInput(
-            f"feature column {text[0]!r} is {frame.schema[text[0]]}, not a number; encode it (frame.to_dummies({text[0]!r}) "
+            f"feature column {text[0]!r} is {frame.schema[text[0]]}, not a number; encode it "
+            f"(frame.to_dummies({text[0]!r}) "
             "or a number per value), or leave it out of features= to keep it as a plain column"
         )
     x_NF = np.empty((frame.height, len(features)), dtype=np.float32)
@@ -215,7 +216,9 @@ def _features(frame: pl.DataFrame, features: Sequence[str]) -> np.ndarray[Any, A
             x_NF[:, i] = series.cast(pl.Float64).to_numpy().astype(np.float32)
         bad = frame.height - int(np.isfinite(x_NF[:, i]).sum())
         if bad:
-            raise InvalidInput(f"feature column {name!r} has {bad} values that are NaN, infinite or too large for float32")
+            raise InvalidInput(
+                f"feature column {name!r} has {bad} values that are NaN, infinite or too large for float32"
+            )
     return x_NF
 
 

@@ -74,7 +74,9 @@ class Version:
             for segment in segments:
                 shards = open_field(self._segments_folder / f"{segment['id']}.zarr", name)
                 if sum(map(len, shards)) != segment["rows"]:
-                    raise StorageError(f"field {name!r} of segment {segment['id']} does not have {segment['rows']} rows")
+                    raise StorageError(
+                        f"field {name!r} of segment {segment['id']} does not have {segment['rows']} rows"
+                    )
                 starts += list(accumulate(map(len, shards[:-1]), initial=segment["first_key"]))
                 tensors += shards
             pieces[name] = np.array(starts, dtype=np.int64), tensors

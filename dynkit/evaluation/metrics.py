@@ -17,7 +17,18 @@ from dynkit.errors import InvalidInput, TrainingError, did_you_mean
 from dynkit.policies import as_metric, snake_case
 from dynkit.types import Metric
 
-__all__ = ["F1", "NAMES", "Accuracy", "Mae", "Rmse", "RocAuc", "Scores", "TopK", "metric_name", "resolve_metric"]
+__all__ = [
+    "F1",
+    "NAMES",
+    "Accuracy",
+    "Mae",
+    "Rmse",
+    "RocAuc",
+    "Scores",
+    "TopK",
+    "metric_name",
+    "resolve_metric",
+]
 
 
 def _is_single(outputs: torch.Tensor) -> bool:
@@ -165,7 +176,7 @@ class RocAuc:
     def __call__(self, outputs: torch.Tensor, labels: torch.Tensor) -> float | None:
         """Score of all samples of a window."""
         probabilities, n = _probabilities(outputs), _n_classes(outputs)
-        if len(labels.unique()) < n:
+        if len(torch.unique(labels)) < n:
             return None
         if n == 2:
             return float(functional.classification.binary_auroc(probabilities, labels.long(), validate_args=False))

@@ -43,5 +43,5 @@ class Evaluation:
             raise InvalidInput(f"batch_size={self.batch_size!r} must be a whole number, at least 1")
 
     def resolved(self) -> list[Metric]:
-        """The metrics as callables."""
+        """Return the metrics as callables."""
         return [resolve_metric(metric) for metric in self.metrics]

@@ -1,7 +1,7 @@
 """Pipelines and their runs: declared once, replayed by one loop, watched through the catalog."""
 
 from dynkit.pipeline.declaration import Pipeline
-from dynkit.pipeline.run import Run
+from dynkit.pipeline.run import Run, Runs
 from dynkit.pipeline.spec import build, schema
 
-__all__ = ["Pipeline", "Run", "build", "schema"]
+__all__ = ["Pipeline", "Run", "Runs", "build", "schema"]

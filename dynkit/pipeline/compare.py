@@ -60,7 +60,15 @@ class Comparison:
 
     def rows_as_text(self) -> tuple[list[str], list[list[str]]]:
         """Return column names and cells as people read them."""
-        columns = ["pipeline", "run", "metric", f"mean ({self.kind})", "time-weighted", "windows", "trainings"]
+        columns = [
+            "pipeline",
+            "run",
+            "metric",
+            f"mean ({self.kind})",
+            "time-weighted",
+            "windows",
+            "trainings",
+        ]
         rows = [
             [
                 row["name"],
@@ -116,7 +124,9 @@ def compare(runs: Iterable[Run], *, kind: CompositeKind = "active") -> Compariso
         if not scores.height:
             metrics = run.matrix()["metric"].unique(maintain_order=True)
             scores = pl.DataFrame({"metric": metrics}).with_columns(
-                mean=pl.lit(None, pl.Float64), time_weighted=pl.lit(None, pl.Float64), windows=pl.lit(0, pl.UInt32)
+                mean=pl.lit(None, pl.Float64),
+                time_weighted=pl.lit(None, pl.Float64),
+                windows=pl.lit(0, pl.UInt32),
             )
         frames.append(
             scores.select(

@@ -11,6 +11,7 @@ from dynkit.evaluation.settings import Evaluation
 from dynkit.pipeline.owner import Owner, new_run
 from dynkit.pipeline.payload import pack
 from dynkit.pipeline.run import Run
+from dynkit.pipeline.started import note
 from dynkit.policies import as_model, as_selection, as_trigger, describe, digest
 from dynkit.training.settings import Training
 from dynkit.types import Event, Model, Selection, Trigger
@@ -52,7 +53,7 @@ class Pipeline:
     model: Model
     trigger: Trigger
     selection: Selection
-    training: Training = Training()
+    training: Training = dataclasses.field(default_factory=Training)
     evaluation: Evaluation = dataclasses.field(default_factory=Evaluation)
     seed: int = 0
 
@@ -98,7 +99,7 @@ class Pipeline:
         return digest([getattr(self, field.name) for field in dataclasses.fields(self)])
 
     def describe(self) -> dict[str, Any]:
-        """The declaration as JSON values."""
+        """Return the declaration as JSON values."""
         parts = {name: describe(getattr(self, name)) for name in ("model", "trigger", "selection", "seed")}
         return {"dataset": self.dataset.name, **parts, **describe(self.training), **describe(self.evaluation)}
 
@@ -116,4 +117,5 @@ class Pipeline:
             description=self.describe(),
         )
         payload.write(catalog.root / "runs" / run)
+        note(Run(catalog, run))
         return pipeline, run

@@ -5,6 +5,7 @@ progress twice a second and notes what others ask for (pause, cancel); the loop 
 `check`. Readers never talk to the owner, only to the catalog.
 """
 
+import dataclasses
 import logging
 import secrets
 import threading
@@ -73,14 +74,15 @@ def insert_event(connection: sa.Connection, run: str, kind: str, data: dict[str,
 
 
 def trained_of(connection: sa.Connection, run: str) -> list[Trained]:
-    """Committed triggers of a run, oldest first."""
+    """Return the committed triggers of a run, oldest first."""
     triggers = tables.triggers
     rows = connection.execute(sa.select(triggers).where(triggers.c.run == run).order_by(triggers.c.index))
-    return [Trained(row.index, row.position, row.last_ns, row.model, row.samples, row.train_s) for row in rows]
+    names = [field.name for field in dataclasses.fields(Trained)]
+    return [Trained(**{name: row._mapping[name] for name in names}) for row in rows]
 
 
 class Owner:
-    """This process as the owner of a run, for the length of a ``with`` block.
+    """Ownership of a run by this process, for the length of a ``with`` block.
 
     The block's end is the run's: nothing more to say when `finish` was called, else the exception decides between
     cancelled, interrupted and failed.
@@ -138,7 +140,12 @@ class Owner:
     def _end(self, status: str, error: str | None, data: dict[str, Any]) -> Event:
         with self.catalog.write() as connection:
             self._update(
-                connection, status=status, error=error, request=None, ended_ns=time.time_ns(), progress=self._timed()
+                connection,
+                status=status,
+                error=error,
+                request=None,
+                ended_ns=time.time_ns(),
+                progress=self._timed(),
             )
             return insert_event(connection, self.run, status, data)
 
@@ -184,7 +191,7 @@ class Owner:
         committed: list[tuple[Trained, Event]] = []
 
         def also(connection: sa.Connection, model: str) -> None:
-            done = Trained(trained.index, trained.position, trained.last_ns, model, trained.samples, trained.train_s)
+            done = dataclasses.replace(trained, model=model)
             connection.execute(sa.insert(tables.triggers), {"run": self.run, **vars(done), **columns})
             kinds = {"derived": parent, "version": previous}
             rows = [
@@ -240,17 +247,20 @@ class Owner:
         """Obey a pending request: wait while paused, raise `Cancelled` to end. Called between two batches."""
         if self._request is None:
             return
-        if self._request == "pause":
+        if self._asked("pause"):
             self._change("running", "paused")
             since_s = time.monotonic()
-            while self._request == "pause":
+            while self._asked("pause"):
                 self._woken.wait(_BEAT_S)
                 self._woken.clear()
             self._paused_s += time.monotonic() - since_s
-            if self._request is None:
+            if not self._asked("cancel"):
                 self._change("paused", "running")
-        if self._request == "cancel":
+        if self._asked("cancel"):
             raise Cancelled
+
+    def _asked(self, request: str) -> bool:
+        return self._request == request
 
     def _change(self, before: str, after: str) -> None:
         with self.catalog.write() as connection:

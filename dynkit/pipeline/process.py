@@ -1,4 +1,4 @@
-"""Who owns a run, and is that process still there?"""
+"""The process that owns a run, and whether it is still there."""
 
 import socket
 import time

@@ -55,7 +55,9 @@ def replay(pipeline: "Pipeline", owner: Owner) -> Iterator[Event]:
     """
     with owner:
         loop = _Loop(pipeline, owner)
-        yield owner.event("resumed" if owner.committed else "started", samples=loop.table.height, device=str(loop.device))
+        yield owner.event(
+            "resumed" if owner.committed else "started", samples=loop.table.height, device=str(loop.device)
+        )
         position, trigger = loop.restore()
         while position < loop.table.height:
             owner.check()
@@ -145,7 +147,12 @@ class _Loop:
                 "report": history,
             },
             policies=pickle.dumps((snapshot, _pickled(self.selection))),
-            event={"index": index, "samples": len(keys), "seconds": round(train_s, 4), **(history[-1] if history else {})},
+            event={
+                "index": index,
+                "samples": len(keys),
+                "seconds": round(train_s, 4),
+                **(history[-1] if history else {}),
+            },
         )
         self.view.trained += (trained,)
         yield event
@@ -165,7 +172,12 @@ class _Loop:
         return keys, weights
 
     def _fit(
-        self, index: int, seen: int, keys: IntArray, weights: "np.ndarray[Any, Any] | None", parent: str | None
+        self,
+        index: int,
+        seen: int,
+        keys: IntArray,
+        weights: "np.ndarray[Any, Any] | None",
+        parent: str | None,
     ) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]], int]:
         """Train one model; return its tensors, what the fit function reported and how many samples it took."""
         training = self.pipeline.training
@@ -214,7 +226,12 @@ class _Loop:
             done += samples
             share = min(done / total, 1.0)
             position = before + share * (seen - before)
-            self.owner.progress = {**base, "done": done, "fraction": scale * position, "position": int(position)}
+            self.owner.progress = {
+                **base,
+                "done": done,
+                "fraction": scale * position,
+                "position": int(position),
+            }
 
         return on_batch
 
@@ -243,7 +260,12 @@ class _Loop:
         )
         for n, (window, samples, scores) in enumerate(scored, 1):
             share = 1 - _EVALUATION_SHARE * (1 - n / len(left))
-            self.owner.progress = {"phase": "evaluating", "fraction": share, "window": n, "windows": len(left)}
+            self.owner.progress = {
+                "phase": "evaluating",
+                "fraction": share,
+                "window": n,
+                "windows": len(left),
+            }
             yield self.owner.commit_window(window, samples, scores)
 
 
@@ -251,7 +273,9 @@ def _pickled(policy: Any) -> bytes:
     try:
         return bytes(cloudpickle.dumps(policy))
     except Exception as error:
-        raise PolicyError(f"{describe(policy)} cannot be saved, so the run could not continue later: {error}") from error
+        raise PolicyError(
+            f"{describe(policy)} cannot be saved, so the run could not continue later: {error}"
+        ) from error
 
 
 def _positions(decision: Any, height: int) -> Iterator[int]:

@@ -28,7 +28,7 @@ from dynkit.pipeline.process import ACTIVE, identity, true_status
 from dynkit.time import to_datetime
 from dynkit.types import Event, Trained
 
-__all__ = ["Run"]
+__all__ = ["Run", "Runs"]
 
 _POLL_S = 0.1
 _ACKNOWLEDGE_S = 15.0  # how long pause and cancel wait for the run to obey
@@ -116,7 +116,8 @@ class Run:
     @property
     def folder(self) -> Path:
         """Where its log and selections are."""
-        return self._catalog.root / "runs" / self.id
+        folder: Path = self._catalog.root / "runs" / self.id
+        return folder
 
     def events(self, since: int = 0) -> list[Event]:
         """Events from number `since` on, oldest first."""
@@ -134,13 +135,22 @@ class Run:
             return trained_of(connection, self.id)
 
     def models(self) -> pl.DataFrame:
-        """One row per trigger: index, last_timestamp, position, samples, samples_passed, model, select_s, train_s, report."""
+        """Return a row per trigger.
+
+        Columns index, last_timestamp, position, samples (selected), samples_passed (all epochs), model, select_s,
+        train_s, report (what the fit function reported, as JSON).
+        """
         triggers = tables.triggers
         query = sa.select(triggers).where(triggers.c.run == self.id).order_by(triggers.c.index)
         with self._catalog.read() as connection:
             rows = connection.execute(query).all()
         names = ("index", "last_ns", "position", "samples", "samples_passed", "model", "select_s", "train_s")
-        schema = {**dict.fromkeys(names, pl.Int64), "model": pl.String, "select_s": pl.Float64, "train_s": pl.Float64}
+        schema = {
+            **dict.fromkeys(names, pl.Int64),
+            "model": pl.String,
+            "select_s": pl.Float64,
+            "train_s": pl.Float64,
+        }
         frame = pl.DataFrame({name: [row._mapping[name] for row in rows] for name in names}, schema=schema)
         reports = pl.Series("report", [json.dumps(row.report) for row in rows], dtype=pl.String)
         last = pl.from_epoch("last_ns", time_unit="ns").dt.replace_time_zone("UTC").alias("last_timestamp")
@@ -176,7 +186,7 @@ class Run:
         return composite(self._matrix(), self.trained, kind).select(_CURVE)
 
     def scores(self, kind: CompositeKind = "active") -> pl.DataFrame:
-        """Aggregates of the composite curve: metric, mean, time_weighted, windows."""
+        """Aggregate the composite curve: metric, mean, time_weighted, windows."""
         return mean_scores(self.composite(kind))
 
     def _matrix(self) -> pl.DataFrame:
@@ -203,7 +213,12 @@ class Run:
         with self._catalog.read() as connection:
             rows = connection.execute(query).all()
         times = ("window_start", "window_end", "window_anchor")
-        schema = {**dict.fromkeys(times, pl.Int64), "model": pl.String, "metric": pl.String, "value": pl.Float64}
+        schema = {
+            **dict.fromkeys(times, pl.Int64),
+            "model": pl.String,
+            "metric": pl.String,
+            "value": pl.Float64,
+        }
         frame = pl.DataFrame([tuple(row) for row in rows], schema=schema, orient="row")
         return frame.with_columns(pl.from_epoch(pl.col(times), time_unit="ns").dt.replace_time_zone("UTC"))
 
@@ -302,7 +317,10 @@ class Run:
             status, advice = "failed", "the end of its log:"
         else:
             how = f"was ended by signal {-code}"
-            status, advice = "interrupted", "run.resume() continues it (signal 9 can mean: out of memory). Its log ends:"
+            status, advice = (
+                "interrupted",
+                "run.resume() continues it (signal 9 can mean: out of memory). Its log ends:",
+            )
         with self._catalog.write() as connection:
             row = connection.execute(sa.select(runs).where(runs.c.id == self.id)).one()
             if row.status not in ACTIVE or row.pid != process.pid:
@@ -354,3 +372,26 @@ class Run:
 
             body = plots.composite({row.name: curve}).to_html()
         return html.card(row.name, status, row.progress, facts, body)
+
+
+class Runs(list[Run]):
+    """A list of runs that displays as a table."""
+
+    columns = ("run", "pipeline", "status", "progress", "models", "started (UTC)")
+
+    def rows_as_text(self) -> list[list[str]]:
+        """Return the cells of the table."""
+        return [
+            [
+                run.id,
+                run.name,
+                run.status,
+                f"{run.progress['fraction']:.0%}",
+                str(len(run.trained)),
+                f"{run.created:%Y-%m-%d %H:%M:%S}",
+            ]
+            for run in self
+        ]
+
+    def _repr_html_(self) -> str:
+        return html.table(self.columns, self.rows_as_text(), numbers=("progress", "models"))

@@ -36,7 +36,7 @@ from dynkit.pipeline.yaml import Document, Path, parse
 from dynkit.policies import snake_case
 from dynkit.training.settings import LOSSES, OPTIMIZERS, SCHEDULES, Training
 
-__all__ = ["BUILT_IN", "KEYS", "NAMED", "build", "schema"]
+__all__ = ["BUILT_IN", "KEYS", "NAMED", "build", "field_names", "schema"]
 
 BUILT_IN: dict[str, dict[str, type[Any]]] = {
     "trigger": {snake_case(name): getattr(triggers, name) for name in triggers.__all__},
@@ -84,10 +84,10 @@ def build(
             raise builder.error((), f"key {key!r} is missing; a pipeline needs {', '.join(_REQUIRED)}")
     if name is None and "name" not in top:
         raise builder.error((), "key 'name' is missing; give the pipeline a name")
-    training = dict(builder.mapping(("training",), top.get("training", {}), _fields(Training), "training"))
+    training = dict(builder.mapping(("training",), top.get("training", {}), field_names(Training), "training"))
     if device is not None:
         training["device"] = device
-    judging = builder.mapping(("evaluation",), top.get("evaluation", {}), _fields(Evaluation), "evaluation")
+    judging = builder.mapping(("evaluation",), top.get("evaluation", {}), field_names(Evaluation), "evaluation")
     options: dict[str, Any] = {"seed": top["seed"]} if "seed" in top else {}
     options["name"] = name if name is not None else top["name"]
     with builder.at(("dataset",)):
@@ -174,7 +174,9 @@ class _Builder:
             raise self.error(path, f"write the name without '$' to use a function as {role}")
         found = f"{len(value)} keys ({', '.join(value)})" if isinstance(value, dict) else repr(value)
         names = ", ".join(BUILT_IN[role]) or "model"
-        raise self.error(path, f"{found} is not one {role}; expected a name or {{name: parameters}} with one of: {names}")
+        raise self.error(
+            path, f"{found} is not one {role}; expected a name or {{name: parameters}} with one of: {names}"
+        )
 
     def _find(self, path: Path, name: str, role: str) -> Callable[..., Any]:
         """Look a bare name up in the notebook, or import ``package.module:name``."""
@@ -188,18 +190,21 @@ class _Builder:
             found = self.namespace[name]
         else:
             public = [key for key, value in self.namespace.items() if callable(value) and not key.startswith("_")]
-            near = did_you_mean(name, [*BUILT_IN.get(role, NAMED.get(role, ())), *public])
+            built_in = list(BUILT_IN.get(role, NAMED.get(role, ())))
+            near = did_you_mean(name, [*built_in, *public])
             if not near.startswith("; did"):
-                built_in = ", ".join(BUILT_IN.get(role, NAMED.get(role, ())))
-                near = f"; expected {f'one of {built_in}, ' if built_in else ''}a notebook's function or package.module:name"
+                known = f"one of {', '.join(built_in)}, " if built_in else ""
+                near = f"; expected {known}a notebook's function or package.module:name"
             raise self.error(path, f"{role} {name!r} is not known{near}")
         if not callable(found):
-            raise self.error(path, f"{name!r} is a {type(found).__name__}, not a function or class that can be a {role}")
+            raise self.error(
+                path, f"{name!r} is {found!r:.60}, not a function or class that can be a {role}"
+            )
         return typing.cast(Callable[..., Any], found)
 
     def _construct(self, path: Path, cls: type[Any], parameters: Any) -> Any:
         """Make a built-in dataclass from YAML parameters."""
-        fields = _fields(cls)
+        fields = field_names(cls)
         if not isinstance(parameters, dict):
             if not fields:
                 raise self.error(path, f"{snake_case(cls.__name__)} takes no parameters, not {parameters!r}")
@@ -219,7 +224,9 @@ class _Builder:
             name = str(first["loc"][0])
             if first["type"] == "missing":
                 raise self.error(path, f"parameter {name!r} is missing; {_usage(cls)}") from None
-            raise self.error((*path, name), f"{values.get(name)!r} is not valid; expected {_type_name(cls, name)}") from None
+            raise self.error(
+                (*path, name), f"{values.get(name)!r} is not valid; expected {_type_name(cls, name)}"
+            ) from None
         return values
 
     def _called(self, path: Path, found: Callable[..., Any], parameters: Any) -> Any:
@@ -275,11 +282,11 @@ class _Place:
             raise self._builder.error(path, str(error)) from None
 
 
-def _fields(cls: type[Any]) -> list[str]:
+def field_names(cls: type[Any]) -> list[str]:
+    """Parameters of a built-in, in order."""
     return [field.name for field in dataclasses.fields(cls)]
 
 
-@functools.cache
 def _pydantic_model(cls: type[Any]) -> type[pydantic.BaseModel]:
     hints = typing.get_type_hints(cls)
     fields: dict[str, Any] = {}
@@ -333,7 +340,14 @@ def schema() -> dict[str, Any]:
             }
             for name, cls in BUILT_IN[role].items()
         ]
-        return {"anyOf": [{"enum": list(BUILT_IN[role])}, *named, reference, {"type": "object", "maxProperties": 1}]}
+        return {
+            "anyOf": [
+                {"enum": list(BUILT_IN[role])},
+                *named,
+                reference,
+                {"type": "object", "maxProperties": 1},
+            ]
+        }
 
     training, judging = parameters(Training), parameters(Evaluation)
     for key, known in NAMED.items():

@@ -27,7 +27,7 @@ __all__ = ["Fit", "FitContext", "fit", "predict", "resolve_device", "seeded"]
 _NOT_FIELDS = {"label", "weight"}
 _FUSED = {"adam", "adamw", "sgd", "adagrad"}  # one kernel for all parameters, also on the CPU
 _CHECK_LOSS_EVERY = 100  # batches; reading the loss makes a GPU wait
-_REGRESSION = {
+_REGRESSION: dict[str, Callable[..., torch.Tensor]] = {
     "bce": functional.binary_cross_entropy_with_logits,
     "mse": functional.mse_loss,
     "mae": functional.l1_loss,
@@ -80,13 +80,15 @@ class FitContext:
         if "weight" not in batch:
             return per_sample.mean()
         if per_sample.ndim == 0:
-            raise TrainingError("the selection gives weights; the loss must return one value per sample, not their mean")
+            raise TrainingError(
+                "the selection gives weights; the loss must return one value per sample, not their mean"
+            )
         weight = batch["weight"]
         return (per_sample * weight).sum() / weight.sum()
 
 
 def predict(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """Outputs of a model for a batch: called with the one field, or with several as keyword arguments."""
+    """Return the outputs of a model for a batch: called with the one field, or with several as keyword arguments."""
     fields = {name: tensor for name, tensor in batch.items() if name not in _NOT_FIELDS}
     outputs = model(next(iter(fields.values()))) if len(fields) == 1 else model(**fields)
     n = len(next(iter(fields.values())))
@@ -113,12 +115,15 @@ def _losses(loss: str | Callable[..., Any], outputs: torch.Tensor, labels: torch
             return functional.cross_entropy(outputs, labels.long(), reduction="none")
         except IndexError:
             low, high = int(labels.min()), int(labels.max())
-            raise TrainingError(f"labels go from {low} to {high}, but the model has {outputs.shape[1]} outputs") from None
+            raise TrainingError(
+                f"labels go from {low} to {high}, but the model has {outputs.shape[1]} outputs"
+            ) from None
     if outputs.shape != labels.shape:
         if outputs.shape != (*labels.shape, 1):
             raise TrainingError(f"{loss} needs one output per sample, (N,) or (N, 1), not {tuple(outputs.shape)}")
         outputs = outputs.squeeze(-1)
-    return _REGRESSION[loss](outputs, labels.to(outputs.dtype), reduction="none")
+    losses: torch.Tensor = _REGRESSION[loss](outputs, labels.to(outputs.dtype), reduction="none")
+    return losses
 
 
 def fit(model: nn.Module, batches: Batches, context: FitContext) -> None:
@@ -142,7 +147,7 @@ def fit(model: nn.Module, batches: Batches, context: FitContext) -> None:
             with torch.autocast(context.device.type, dtype=half, enabled=training.amp):
                 loss = context.loss(predict(model, batch), batch)
             optimizer.zero_grad(set_to_none=True)
-            scaler.scale(loss).backward()
+            scaler.scale(loss).backward()  # type: ignore[no-untyped-call]  # torch has no types here
             if training.grad_clip is not None:
                 scaler.unscale_(optimizer)
                 nn.utils.clip_grad_norm_(model.parameters(), training.grad_clip)

@@ -1,0 +1,171 @@
+"""Notebooks headless: one execution per set of parameters, and the truth about how each ended.
+
+Every notebook is executed by papermill in a process of its own (`dynkit.batch.execute`), so a dying kernel, a time-out
+or a notebook that leaves a run unfinished is seen and recorded; papermill's own notebook says "completed" then. A
+record beside each notebook lets a later call skip what has finished.
+"""
+
+import itertools
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+from blake3 import blake3
+
+from dynkit.errors import InvalidInput, NotFound, did_you_mean
+
+__all__ = ["Job", "combinations", "execute", "plan", "results"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One execution of a notebook.
+
+    Parameters
+    ----------
+    notebook : Path
+        The one to execute.
+    output : Path
+        Where the executed one goes; the record goes beside it with the suffix .json.
+    parameters : dict
+    """
+
+    notebook: Path
+    output: Path
+    parameters: dict[str, Any]
+
+    @property
+    def record_path(self) -> Path:
+        """Where the record of the last execution is."""
+        return self.output.with_suffix(".json")
+
+    def digest(self) -> str:
+        """Identity of notebook and parameters."""
+        return blake3(self.notebook.read_bytes()).update(json.dumps(self.parameters).encode()).hexdigest()
+
+    def finished(self) -> dict[str, Any] | None:
+        """Record of an earlier execution that finished with the same notebook and parameters, if there is one."""
+        try:
+            record: dict[str, Any] = json.loads(self.record_path.read_text())
+        except (OSError, ValueError):
+            return None
+        done = record.get("status") == "finished" and record.get("digest") == self.digest() and self.output.exists()
+        return record if done else None
+
+
+def combinations(grid: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
+    """Every combination of a grid's values, the last name changing fastest.
+
+    >>> list(combinations({"a": [1, 2], "b": ["x"]}))
+    [{'a': 1, 'b': 'x'}, {'a': 2, 'b': 'x'}]
+    """
+    for values in itertools.product(*grid.values()):
+        yield dict(zip(grid, values, strict=True))
+
+
+def plan(notebook: Path, folder: Path, parameter_sets: Sequence[Mapping[str, Any]]) -> list[Job]:
+    """Make a job per set of parameters.
+
+    Raises
+    ------
+    NotFound
+        When there is no such notebook.
+    InvalidInput
+        When it does not declare one of the parameters; papermill would run it with the default.
+    """
+    if not notebook.is_file():
+        raise NotFound(f"no notebook {str(notebook)!r}")
+    declared = _declared(notebook)
+    for name in sorted({name for parameters in parameter_sets for name in parameters}):
+        if name not in declared:
+            advice = did_you_mean(name, declared) or "; it has no cell tagged 'parameters'"
+            raise InvalidInput(f"notebook {notebook.name!r} has no parameter {name!r}{advice}")
+    folder.mkdir(parents=True, exist_ok=True)
+    return [Job(notebook, folder / f"{_stem(notebook, chosen)}.ipynb", dict(chosen)) for chosen in parameter_sets]
+
+
+def _declared(notebook: Path) -> list[str]:
+    import papermill
+
+    try:
+        return list(papermill.inspect_notebook(str(notebook)))
+    except Exception as error:  # nbformat and papermill raise many kinds for a file that is no notebook
+        raise InvalidInput(f"{str(notebook)!r} is not a notebook: {error}") from None
+
+
+def _stem(notebook: Path, parameters: Mapping[str, Any]) -> str:
+    """File name that tells the parameters and differs for different ones."""
+    if not parameters:
+        return notebook.stem
+    spelled = ",".join(f"{name}={value}" for name, value in parameters.items())
+    safe = re.sub(r"[^A-Za-z0-9=,._-]+", "_", spelled)[:80]
+    return f"{notebook.stem}-{safe}-{blake3(json.dumps(parameters).encode()).hexdigest()[:6]}"
+
+
+def execute(job: Job, *, timeout_s: float | None = None, html: bool = False) -> dict[str, Any]:
+    """Execute one notebook and return its record.
+
+    Parameters
+    ----------
+    job : Job
+    timeout_s : float or None
+        Longest time for one cell.
+    html : bool
+        Write an HTML page beside the notebook, too.
+
+    Returns
+    -------
+    dict
+        status ("finished" or "failed"), error, traceback, seconds, runs (id, workspace, name, status, scores).
+    """
+    request = {
+        "notebook": str(job.notebook),
+        "output": str(job.output),
+        "parameters": job.parameters,
+        "timeout_s": timeout_s,
+        "html": html,
+    }
+    job.record_path.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "dynkit.batch.execute", json.dumps(request), str(job.record_path)]
+    process = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    try:
+        record: dict[str, Any] = json.loads(job.record_path.read_text())
+    except (OSError, ValueError):
+        error = f"the executing process ended with code {process.returncode}"
+        record = {
+            "status": "failed",
+            "error": error,
+            "traceback": process.stderr,
+            "seconds": None,
+            "runs": [],
+        }
+    record |= {"digest": job.digest(), "parameters": job.parameters, "notebook": str(job.output)}
+    job.record_path.write_text(json.dumps(record, indent=1))
+    return record
+
+
+def results(records: Sequence[Mapping[str, Any]]) -> pl.DataFrame:
+    """One row per execution: parameters, status, seconds, scores of its runs, notebook, error."""
+    rows = []
+    for record in records:
+        scores = {f"{run['name']}.{metric}": value for run in record["runs"] for metric, value in run["scores"].items()}
+        rows.append(
+            {
+                **record["parameters"],
+                "status": record["status"],
+                "seconds": record["seconds"],
+                **scores,
+                "notebook": record["notebook"],
+                "error": record["error"],
+            }
+        )
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    tail = [name for name in ("notebook", "error") if name in names]
+    order = [*(name for name in names if name not in tail), *tail]
+    return pl.DataFrame([{name: row.get(name) for name in order} for row in rows], infer_schema_length=None)

@@ -1,0 +1,254 @@
+"""The ``dynkit`` command: the public API from a terminal."""
+
+import json
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+import yaml
+from rich.console import Console
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+from rich.table import Table
+
+from dynkit import batch as batches
+from dynkit.errors import DynkitError, InvalidInput
+from dynkit.html import duration
+from dynkit.pipeline import Run, build
+from dynkit.pipeline import schema as pipeline_schema
+from dynkit.pipeline.compare import compare as compare_runs
+from dynkit.workspace import Workspace
+
+__all__ = ["main"]
+
+_out = Console()
+_err = Console(stderr=True)
+
+in_workspace = click.option(
+    "-w",
+    "--workspace",
+    type=click.Path(path_type=Path),
+    help="Directory; default: $DYNKIT_WORKSPACE, else ./dynkit-workspace.",
+)
+of_run = click.argument("run")
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Turn errors that a user can cause into one line and exit code 2."""
+    try:
+        yield
+    except DynkitError as error:
+        _err.print(f"[red]{type(error).__name__}[/red]: {error}", highlight=False, soft_wrap=True)
+        raise SystemExit(2) from None
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="dynkit")
+def main() -> None:
+    """Train models on datasets that never stop growing."""
+
+
+def _run(workspace: Path | None, run: str) -> Run:
+    return Workspace(workspace).run(run)
+
+
+@main.command("run")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--device", help="Overrides training.device.")
+@in_workspace
+def run_pipeline(file: Path, workspace: Path | None, device: str | None) -> None:
+    """Run the pipeline written as YAML in FILE here, with progress; exit code 1 when it fails."""
+    with _told():
+        try:
+            text = file.read_text()
+        except OSError as error:
+            raise InvalidInput(f"cannot read {file}: {error.strerror}") from None
+        ws = Workspace(workspace)
+        sys.path.insert(0, str(file.parent.resolve()))  # modules beside the file, as for a script
+        pipeline = build(text, ws.catalog, device=device)
+    run: Run | None = None
+    progress = Progress(
+        TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[eta]}")
+    )
+    task = progress.add_task(pipeline.name, total=1.0, eta="")
+
+    def render() -> Progress:
+        if run is not None:
+            now = run.progress
+            left = f"about {duration(now.get('eta_s'))} left" if now.get("eta_s") is not None else ""
+            progress.update(task, completed=now["fraction"], description=f"{pipeline.name}: {now['phase']}", eta=left)
+        return progress
+
+    try:
+        with Live(get_renderable=render, console=_out, refresh_per_second=4, transient=True):
+            for event in pipeline.replay():
+                run = run or ws.run(event.run)
+                _out.print(str(event), style="dim", highlight=False, markup=False, soft_wrap=True)
+    except Exception:
+        failed = ws.runs(pipeline.name)[0]
+        _err.print(failed.error or traceback.format_exc(), highlight=False, markup=False, soft_wrap=True)
+        _err.print(f"run {failed.id} {failed.status}; dynkit resume {failed.id} continues it")
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        _err.print(f"interrupted; dynkit resume {ws.runs(pipeline.name)[0].id} continues it")
+        raise SystemExit(130) from None
+    assert run is not None
+    _out.print(f"run {run.id} {run.status}")
+    _table(*compare_runs([run]).rows_as_text())
+
+
+@main.command("runs")
+@in_workspace
+def list_runs(workspace: Path | None) -> None:
+    """List the runs of a workspace."""
+    with _told():
+        runs = Workspace(workspace).runs()
+        _table(list(runs.columns), runs.rows_as_text())
+
+
+@main.command()
+@of_run
+@click.option("--events", default=10, show_default=True, help="How many of the last events.")
+@in_workspace
+def show(run: str, events: int, workspace: Path | None) -> None:
+    """Show RUN: status, last events, scores, and the error if it failed."""
+    with _told():
+        found = _run(workspace, run)
+        _out.print(repr(found), highlight=False, markup=False)
+        for event in found.events()[-events:]:
+            _out.print(str(event), style="dim", highlight=False, markup=False, soft_wrap=True)
+        if found.error:
+            _out.print(found.error, highlight=False, markup=False, soft_wrap=True)
+        if found.trained:
+            _table(*compare_runs([found]).rows_as_text())
+
+
+@main.command()
+@of_run
+@click.option("--timeout", type=float, help="Seconds to wait at most.")
+@in_workspace
+def wait(run: str, timeout: float | None, workspace: Path | None) -> None:
+    """Wait for RUN; exit code 1 unless it finishes."""
+    with _told():
+        status = _run(workspace, run).wait(timeout)
+    _out.print(f"run {run} {status}")
+    raise SystemExit(0 if status == "finished" else 1)
+
+
+@main.command()
+@of_run
+@in_workspace
+def pause(run: str, workspace: Path | None) -> None:
+    """Let RUN stand still."""
+    with _told():
+        _out.print(repr(_run(workspace, run).pause()), highlight=False, markup=False)
+
+
+@main.command()
+@of_run
+@in_workspace
+def resume(run: str, workspace: Path | None) -> None:
+    """Let a paused RUN go on, or continue one that was interrupted, cancelled or failed, in the background."""
+    with _told():
+        _out.print(repr(_run(workspace, run).resume()), highlight=False, markup=False)
+
+
+@main.command()
+@of_run
+@in_workspace
+def cancel(run: str, workspace: Path | None) -> None:
+    """End RUN; what it committed stays."""
+    with _told():
+        _out.print(repr(_run(workspace, run).cancel()), highlight=False, markup=False)
+
+
+@main.command()
+@click.argument("runs", metavar="[RUN]...", nargs=-1)
+@in_workspace
+def compare(runs: tuple[str, ...], workspace: Path | None) -> None:
+    """Compare runs by cost and composite score; without ids, the newest run of each pipeline."""
+    with _told():
+        ws = Workspace(workspace)
+        chosen = [ws.run(run) for run in runs]
+        if not runs:
+            newest = {run.name: run for run in reversed(ws.runs()) if run.trained}
+            chosen = sorted(newest.values(), key=lambda run: run.created)
+        _table(*compare_runs(chosen).rows_as_text())
+
+
+@main.command()
+def schema() -> None:
+    """Print the JSON Schema of pipelines written as YAML, for editors."""
+    click.echo(json.dumps(pipeline_schema(), indent=1))
+
+
+class _Values(click.ParamType):  # type: ignore[type-arg]  # generic only in newer releases
+    name = "NAME=A,B,C"
+
+    def convert(self, value: Any, param: Any, context: Any) -> tuple[str, list[Any]]:
+        name, equals, values = str(value).partition("=")
+        if not (equals and name and values):
+            self.fail(f"{value!r} is not like lr=0.1,0.01", param, context)
+        return name, [yaml.safe_load(item) for item in values.split(",")]
+
+
+@main.command()
+@click.argument("notebook", type=click.Path(path_type=Path))
+@click.option("-p", "parameters", type=(str, str), multiple=True, metavar="NAME VALUE", help="One parameter.")
+@click.option("--grid", type=_Values(), multiple=True, help="A parameter's values; several make all combinations.")
+@click.option("-o", "folder", type=click.Path(path_type=Path), required=True, help="Folder for notebooks and results.")
+@click.option(
+    "--resume", "resuming", is_flag=True, help="Skip what has finished with the same notebook and parameters."
+)
+@click.option("--timeout", type=float, help="Longest time for one cell, in seconds.")
+@click.option("--html", is_flag=True, help="Write an HTML page beside each executed notebook.")
+def batch(
+    notebook: Path,
+    parameters: tuple[tuple[str, str], ...],
+    grid: tuple[tuple[str, list[Any]], ...],
+    folder: Path,
+    resuming: bool,
+    timeout: float | None,
+    html: bool,
+) -> None:
+    """Execute NOTEBOOK headless, once per combination of parameters; exit code 1 when one fails."""
+    fixed = {name: yaml.safe_load(value) for name, value in parameters}
+    with _told():
+        jobs = batches.plan(notebook, folder, [{**fixed, **chosen} for chosen in batches.combinations(dict(grid))])
+    records = []
+    for number, job in enumerate(jobs, 1):
+        earlier = job.finished() if resuming else None
+        _out.print(f"[{number}/{len(jobs)}] {job.output}", end=" ", highlight=False, markup=False, soft_wrap=True)
+        record = earlier or batches.execute(job, timeout_s=timeout, html=html)
+        seconds = "" if earlier else f" in {duration(record['seconds'])}"
+        _out.print(f"{record['status']}{' before' if earlier else seconds}", highlight=False)
+        if record["error"]:
+            _err.print(record["traceback"] or record["error"], highlight=False, markup=False, soft_wrap=True)
+        if html and job.output.with_suffix(".html").exists():
+            _out.print(f"page: {job.output.with_suffix('.html').resolve()}", highlight=False, soft_wrap=True)
+        records.append(record)
+    table = batches.results(records)
+    table.write_csv(folder / "results.csv")
+    shown = [name for name in table.columns if name != "notebook"]
+    _table(shown, [[_cell(value) for value in row] for row in table.select(shown).iter_rows()])
+    _out.print(f"results: {(folder / 'results.csv').resolve()}", highlight=False, soft_wrap=True)
+    raise SystemExit(1 if any(record["status"] != "finished" for record in records) else 0)
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _table(columns: list[str], rows: list[list[str]]) -> None:
+    """Print a table; wider than the terminal rather than cut."""
+    table = Table(box=None, pad_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold", no_wrap=False)
+    for row in rows:
+        table.add_row(*row)
+    _out.print(table)
