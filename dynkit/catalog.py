@@ -128,6 +128,7 @@ evaluations = sa.Table(
     sa.Column("window_start_ns", sa.BigInteger, primary_key=True),
     sa.Column("window_end_ns", sa.BigInteger, primary_key=True),
     sa.Column("metric", sa.String, primary_key=True),
+    sa.Column("metric_index", sa.Integer, nullable=False),  # as declared; the first is the one drawn by default
     sa.Column("window_anchor_ns", sa.BigInteger, nullable=False),
     sa.Column("value", sa.Float),  # null where the metric is undefined in the window
     sa.Column("samples", sa.BigInteger, nullable=False),

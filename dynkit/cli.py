@@ -25,7 +25,8 @@ from dynkit.workspace import Workspace
 
 __all__ = ["main"]
 
-_out = Console()
+_PIPE_WIDTH = 200  # columns of a table that goes into a file
+_out = Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH)
 _err = Console(stderr=True)
 
 in_workspace = click.option(

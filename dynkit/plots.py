@@ -84,7 +84,7 @@ def matrix(frame: pl.DataFrame, metric: str | None = None) -> Figure:
     models = frame["model"].unique(maintain_order=True).to_list()
     names = {model: f"{i + 1}: {model[:_SHORT_ID]}" for i, model in enumerate(models)}
     base = alt.Chart(_rows(frame.with_columns(pl.col("model").replace(names))), width=_WIDTH, height=alt.Step(22))
-    title = f"{chosen} of each model in each window"
+    title = f"{chosen} of each model (rows, in order of training) in each window"
     chart = base.mark_rect(stroke="#fff", strokeWidth=0.5).encode(
         x=alt.X(
             "window_start:T",
@@ -93,14 +93,14 @@ def matrix(frame: pl.DataFrame, metric: str | None = None) -> Figure:
             axis=_time_axis(frame["window_start"]),
         ),
         x2="window_end:T",
-        y=alt.Y("model:N", title="model, in order of training", sort=list(names.values())),
+        y=alt.Y("model:N", title=None, sort=list(names.values())),
         color=alt.Color("value:Q", title=chosen, scale=alt.Scale(scheme="cividis", zero=False)),
         tooltip=["model:N", "window_start:T", "window_end:T", alt.Tooltip("value:Q", format=".4f")],
     )
     return Figure(_styled(chart, title), title)
 
 
-def composite(curves: Mapping[str, pl.DataFrame], metric: str | None = None) -> Figure:
+def composite(curves: Mapping[str, pl.DataFrame], metric: str | None = None, *, height: int = 280) -> Figure:
     """Line per pipeline: the score of its composite model in each window.
 
     Parameters
@@ -109,6 +109,8 @@ def composite(curves: Mapping[str, pl.DataFrame], metric: str | None = None) -> 
         Frames as `Run.composite` returns them.
     metric : str or None
         Which one; None takes the first.
+    height : int
+        Pixels.
     """
     picked = [(name, *_one_metric(curve, metric)) for name, curve in curves.items() if curve.height]
     if not picked:
@@ -129,7 +131,7 @@ def composite(curves: Mapping[str, pl.DataFrame], metric: str | None = None) -> 
         "color": colour,
         "tooltip": ["pipeline:N", "time:T", alt.Tooltip("value:Q", format=".4f")],
     }
-    base = alt.Chart(_rows(frame), width=_WIDTH, height=280).encode(**encoding)
+    base = alt.Chart(_rows(frame), width=_WIDTH, height=height).encode(**encoding)
     points = base.mark_point(filled=True, size=45).encode(
         shape=alt.Shape("pipeline:N", sort=names, scale=alt.Scale(domain=names), title=None)
     )

@@ -55,7 +55,7 @@ def composite(matrix: pl.DataFrame, trained: Sequence[Trained], kind: CompositeK
     names = [trained[i].model if i >= 0 else None for i in chosen.tolist()]
     picked = pl.DataFrame([anchors, pl.Series("model", names, dtype=pl.String)])
     rows = matrix.join(picked, on=["window_anchor", "model"], how="semi")
-    return rows.sort("window_start", "window_end", "metric")
+    return rows.sort("window_start", "window_end", maintain_order=True)
 
 
 def shared(curves: Sequence[pl.DataFrame]) -> list[pl.DataFrame]:

@@ -2,6 +2,7 @@
 
 A metric is a function ``(outputs, labels) -> float`` of a whole window. Those that can be summed up batch by batch
 say so with `accumulator`; for the others, and a user's own, outputs are kept until the window is complete.
+torchmetrics loads when a score is computed: declaring must not take the second that it needs.
 Outputs are logits: (N, C) for C classes, (N,) or (N, 1) for one of two classes or a number.
 """
 
@@ -11,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torchmetrics import classification, functional, regression
 
 from dynkit.errors import InvalidInput, TrainingError, did_you_mean
 from dynkit.policies import as_metric, snake_case
@@ -93,6 +93,8 @@ class Accuracy(_Streamed):
 
     def accumulator(self, outputs: torch.Tensor) -> _Accumulator:
         """See `_Streamed`."""
+        from torchmetrics import classification
+
         n = _n_classes(outputs)
         metric = classification.MulticlassAccuracy(num_classes=n, average="micro", validate_args=False)
         return _Accumulator(metric, _classes, torch.Tensor.long)
@@ -115,6 +117,8 @@ class TopK(_Streamed):
 
     def accumulator(self, outputs: torch.Tensor) -> _Accumulator:
         """See `_Streamed`."""
+        from torchmetrics import classification
+
         n = _n_classes(outputs)
         if outputs.ndim != 2 or self.k > n or n != outputs.shape[1]:
             raise TrainingError(f"top_{self.k} needs outputs (N, C) with C >= {self.k}, not {tuple(outputs.shape)}")
@@ -140,6 +144,8 @@ class F1(_Streamed):
 
     def accumulator(self, outputs: torch.Tensor) -> _Accumulator:
         """See `_Streamed`."""
+        from torchmetrics import classification
+
         n = _n_classes(outputs)
         if n == 2:
             metric = classification.BinaryF1Score(validate_args=False)
@@ -154,6 +160,8 @@ class Mae(_Streamed):
 
     def accumulator(self, outputs: torch.Tensor) -> _Accumulator:
         """See `_Streamed`."""
+        from torchmetrics import regression
+
         return _Accumulator(regression.MeanAbsoluteError(), _numbers, torch.Tensor.double)
 
 
@@ -163,6 +171,8 @@ class Rmse(_Streamed):
 
     def accumulator(self, outputs: torch.Tensor) -> _Accumulator:
         """See `_Streamed`."""
+        from torchmetrics import regression
+
         return _Accumulator(regression.MeanSquaredError(squared=False), _numbers, torch.Tensor.double)
 
 
@@ -175,12 +185,14 @@ class RocAuc:
 
     def __call__(self, outputs: torch.Tensor, labels: torch.Tensor) -> float | None:
         """Score of all samples of a window."""
+        from torchmetrics.functional import classification
+
         probabilities, n = _probabilities(outputs), _n_classes(outputs)
         if len(torch.unique(labels)) < n:
             return None
         if n == 2:
-            return float(functional.classification.binary_auroc(probabilities, labels.long(), validate_args=False))
-        area = functional.classification.multiclass_auroc
+            return float(classification.binary_auroc(probabilities, labels.long(), validate_args=False))
+        area = classification.multiclass_auroc
         return float(area(probabilities, labels.long(), num_classes=n, average="macro", validate_args=False))
 
 

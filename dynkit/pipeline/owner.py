@@ -225,11 +225,12 @@ class Owner:
                 "window_end_ns": window.end_ns,
                 "window_anchor_ns": window.anchor,
                 "metric": metric,
+                "metric_index": metric_index,
                 "value": value,
                 "samples": samples,
             }
             for model, by_metric in scores.items()
-            for metric, value in by_metric.items()
+            for metric_index, (metric, value) in enumerate(by_metric.items())
         ]
         data = {"start": window.start.isoformat(), "end": window.end.isoformat(), "samples": samples}
         with self.catalog.write() as connection:

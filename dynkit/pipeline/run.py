@@ -208,7 +208,7 @@ class Run:
             )
             .join(order, order.c.model == table.c.model)
             .where(table.c.run == self.id)
-            .order_by(order.c.first, table.c.window_start_ns, table.c.window_end_ns, table.c.metric)
+            .order_by(order.c.first, table.c.window_start_ns, table.c.window_end_ns, table.c.metric_index)
         )
         with self._catalog.read() as connection:
             rows = connection.execute(query).all()
@@ -370,7 +370,7 @@ class Run:
         if picture and curve is not None and curve.height:
             from dynkit import plots
 
-            body = plots.composite({row.name: curve}).to_html()
+            body = plots.composite({row.name: curve}, height=140).to_html()
         return html.card(row.name, status, row.progress, facts, body)
 
 

@@ -197,9 +197,7 @@ class _Builder:
                 near = f"; expected {known}a notebook's function or package.module:name"
             raise self.error(path, f"{role} {name!r} is not known{near}")
         if not callable(found):
-            raise self.error(
-                path, f"{name!r} is {found!r:.60}, not a function or class that can be a {role}"
-            )
+            raise self.error(path, f"{name!r} is {found!r:.60}, not a function or class that can be a {role}")
         return typing.cast(Callable[..., Any], found)
 
     def _construct(self, path: Path, cls: type[Any], parameters: Any) -> Any:

@@ -31,7 +31,8 @@ class Batches:
     weights : (N,) float32 or None
         Added to each batch as ``weight``.
     batch_size : int
-        The last batch may be smaller.
+        The last batch may be smaller; a single sample left over joins the batch before it, because layers that
+        normalise over a batch cannot train on one.
     shuffle_seed : int or None
         None keeps the order of `keys`; the order of epoch e depends on the seed and e only.
     device : torch.device
@@ -65,7 +66,7 @@ class Batches:
         self.passed = 0  # samples handed out so far, all epochs together
 
     def __len__(self) -> int:
-        return -(-len(self._keys) // self._batch_size)
+        return sum(1 for _ in _spans(len(self._keys), self._batch_size))
 
     @property
     def samples(self) -> int:
@@ -75,8 +76,7 @@ class Batches:
     def __iter__(self) -> Iterator[Batch]:
         for super_batch in self.super_batches():
             n = len(next(iter(super_batch.values())))
-            for low in range(0, n, self._batch_size):
-                high = min(low + self._batch_size, n)
+            for low, high in _spans(n, self._batch_size):
                 if self._on_batch is not None:
                     self._on_batch(high - low)
                 self.passed += high - low
@@ -85,9 +85,8 @@ class Batches:
     def super_batches(self) -> Iterator[Batch]:
         """One epoch in pieces of several batches, each gathered at once."""
         order = self._order()
-        rows = self._super_batch_rows()
-        for low in range(0, len(self._keys), rows):
-            some = slice(low, low + rows) if order is None else order[low : low + rows]
+        for low, high in _spans(len(self._keys), self._super_batch_rows()):
+            some = slice(low, high) if order is None else order[low:high]
             gathered = self._version.gather(self._keys[some])
             if self._weights is not None:
                 gathered["weight"] = self._weights[some]
@@ -110,3 +109,12 @@ class Batches:
             row_bytes += np.dtype(field["dtype"]).itemsize * int(np.prod(field["shape"], dtype=np.int64))
         batch_bytes = max(row_bytes * self._batch_size, 1)
         return self._batch_size * max(1, _SUPER_BATCH_BYTES // batch_bytes)
+
+
+def _spans(n: int, size: int) -> Iterator[tuple[int, int]]:
+    """Cut ``range(n)`` into spans of `size`; the last may be smaller, but one left over joins its predecessor."""
+    for low in range(0, n, size):
+        if n - low == size + 1:
+            yield low, n
+            return
+        yield low, min(low + size, n)

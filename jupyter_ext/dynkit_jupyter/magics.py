@@ -132,7 +132,9 @@ class DynkitMagics(Magics):  # type: ignore[misc]  # IPython is untyped here
         namespace = self.shell.user_ns
         options = pipeline_parser().parse_args(_split(line))
         workspace = workspace_of(namespace, options.workspace)
-        body = "\n" + cell.rstrip().removesuffix(";")  # the magic's own line counts, so that line numbers are the cell's
+        body = "\n" + cell.rstrip().removesuffix(
+            ";"
+        )  # the magic's own line counts, so that line numbers are the cell's
         pipeline = build(body, workspace.catalog, name=options.name, namespace=namespace, device=options.device)
         run = None if options.force else workspace.find(pipeline)
         if run is not None:
