@@ -15,13 +15,10 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.table import Table
 
+import dynkit as dk  # its names load when used: help must not wait for torch
 from dynkit import batch as batches
 from dynkit.errors import DynkitError, InvalidInput
 from dynkit.html import duration
-from dynkit.pipeline import Run, build
-from dynkit.pipeline import schema as pipeline_schema
-from dynkit.pipeline.compare import compare as compare_runs
-from dynkit.workspace import Workspace
 
 __all__ = ["main"]
 
@@ -54,8 +51,8 @@ def main() -> None:
     """Train models on datasets that never stop growing."""
 
 
-def _run(workspace: Path | None, run: str) -> Run:
-    return Workspace(workspace).run(run)
+def _run(workspace: Path | None, run: str) -> "dk.Run":
+    return dk.Workspace(workspace).run(run)
 
 
 @main.command("run")
@@ -64,15 +61,17 @@ def _run(workspace: Path | None, run: str) -> Run:
 @in_workspace
 def run_pipeline(file: Path, workspace: Path | None, device: str | None) -> None:
     """Run the pipeline written as YAML in FILE here, with progress; exit code 1 when it fails."""
+    from dynkit.pipeline import build
+
     with _told():
         try:
             text = file.read_text()
         except OSError as error:
             raise InvalidInput(f"cannot read {file}: {error.strerror}") from None
-        ws = Workspace(workspace)
+        ws = dk.Workspace(workspace)
         sys.path.insert(0, str(file.parent.resolve()))  # modules beside the file, as for a script
         pipeline = build(text, ws.catalog, device=device)
-    run: Run | None = None
+    run: dk.Run | None = None
     progress = Progress(
         TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[eta]}")
     )
@@ -100,7 +99,7 @@ def run_pipeline(file: Path, workspace: Path | None, device: str | None) -> None
         raise SystemExit(130) from None
     assert run is not None
     _out.print(f"run {run.id} {run.status}")
-    _table(*compare_runs([run]).rows_as_text())
+    _table(*dk.compare([run]).rows_as_text())
 
 
 @main.command("runs")
@@ -108,7 +107,7 @@ def run_pipeline(file: Path, workspace: Path | None, device: str | None) -> None
 def list_runs(workspace: Path | None) -> None:
     """List the runs of a workspace."""
     with _told():
-        runs = Workspace(workspace).runs()
+        runs = dk.Workspace(workspace).runs()
         _table(list(runs.columns), runs.rows_as_text())
 
 
@@ -126,7 +125,7 @@ def show(run: str, events: int, workspace: Path | None) -> None:
         if found.error:
             _out.print(found.error, highlight=False, markup=False, soft_wrap=True)
         if found.trained:
-            _table(*compare_runs([found]).rows_as_text())
+            _table(*dk.compare([found]).rows_as_text())
 
 
 @main.command()
@@ -174,17 +173,19 @@ def cancel(run: str, workspace: Path | None) -> None:
 def compare(runs: tuple[str, ...], workspace: Path | None) -> None:
     """Compare runs by cost and composite score; without ids, the newest run of each pipeline."""
     with _told():
-        ws = Workspace(workspace)
+        ws = dk.Workspace(workspace)
         chosen = [ws.run(run) for run in runs]
         if not runs:
             newest = {run.name: run for run in reversed(ws.runs()) if run.trained}
             chosen = sorted(newest.values(), key=lambda run: run.created)
-        _table(*compare_runs(chosen).rows_as_text())
+        _table(*dk.compare(chosen).rows_as_text())
 
 
 @main.command()
 def schema() -> None:
     """Print the JSON Schema of pipelines written as YAML, for editors."""
+    from dynkit.pipeline import schema as pipeline_schema
+
     click.echo(json.dumps(pipeline_schema(), indent=1))
 
 

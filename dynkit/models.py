@@ -11,7 +11,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -135,8 +135,9 @@ class ModelStore:
                 stream.flush()
                 os.fsync(stream.fileno())
             yield rows
-        except BaseException as error:
-            path.unlink(missing_ok=True)
+        except Exception as error:  # an interrupt may come after the commit: then the pack stays
+            with suppress(OSError):
+                path.unlink()
             if isinstance(error, OSError) and not isinstance(error, StorageError):
                 raise StorageError(f"cannot write model tensors to {path}: {error.strerror or error}") from error
             raise

@@ -7,6 +7,7 @@ which the same cell with the same inputs finds its earlier run. Nothing here run
 
 import copy
 import dataclasses
+import dis
 import functools
 import inspect
 import os
@@ -131,9 +132,7 @@ def digest(value: Any) -> str:
     Equal in another kernel for the same source; different when a function, a default, a closure or a global that
     the function uses changes. Library code counts by its name.
     """
-    hasher = blake3()
-    _feed(hasher.update, value, set())
-    return hasher.hexdigest()
+    return _digest(value, {})
 
 
 def is_user_code(module: str | None) -> bool:
@@ -149,58 +148,72 @@ def is_user_code(module: str | None) -> bool:
     return not installed and not file.startswith((sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")))
 
 
-def _feed(write: Callable[[bytes], Any], value: Any, seen: set[int]) -> None:
-    """Write a canonical form of `value` to a hash. Recursion ends at library code and at what was seen."""
+_Memo = dict[int, tuple[object, str]]  # the object is kept, so that its id is not used again
+
+
+def _digest(value: Any, memo: _Memo) -> str:
+    """Hash of a value: of its type and its parts. An object that contains itself counts as its type there."""
+    if id(value) in memo:
+        return memo[id(value)][1]
+    kind = type(value).__name__
+    memo[id(value)] = value, f"inside {kind}"
+    parts = _parts(value)
+    hasher = blake3(kind.encode())
+    for part in [parts] if isinstance(parts, bytes) else (_digest(part, memo).encode() for part in parts):
+        hasher.update(len(part).to_bytes(8, "little")).update(part)
+    memo[id(value)] = value, hasher.hexdigest()
+    return hasher.hexdigest()
+
+
+def _parts(value: Any) -> bytes | list[Any]:
+    """Parts that make up a value's identity, or bytes where it has no parts. Library code is its name."""
     if value is None or isinstance(value, bool | int | float | complex | str | bytes):
-        write(f"{type(value).__name__}:{value!r};".encode())
-        return
-    if id(value) in seen:
-        write(b"seen;")
-        return
-    seen.add(id(value))
-    write(f"<{type(value).__name__}>".encode())
+        return repr(value).encode()
     if isinstance(value, dict):
-        for key, item in value.items():
-            _feed(write, key, seen)
-            _feed(write, item, seen)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            _feed(write, item, seen)
-    elif isinstance(value, set | frozenset):
-        for item in sorted(value, key=repr):
-            _feed(write, item, seen)
-    elif isinstance(value, python_types.CodeType):
-        write(value.co_code)
-        _feed(write, [*value.co_names, *value.co_varnames, *value.co_consts], seen)
-    elif isinstance(value, python_types.FunctionType) and is_user_code(value.__module__):
-        _feed_function(write, value, seen)
-    elif isinstance(value, type) and is_user_code(value.__module__):
-        members = vars(value).items()
-        _feed(write, value.__qualname__, seen)
-        _feed(write, list(value.__bases__), seen)
-        _feed(write, [(k, v) for k, v in members if not k.startswith("__") or inspect.isroutine(v)], seen)
-    elif isinstance(value, python_types.ModuleType):
-        write(value.__name__.encode())
-    elif isinstance(value, type | python_types.FunctionType | python_types.BuiltinFunctionType):
-        write(f"{value.__module__}.{value.__qualname__};".encode())
-    elif isinstance(value, functools.partial):
-        _feed(write, [value.func, value.args, value.keywords], seen)
-    elif isinstance(value, python_types.MethodType):
-        _feed(write, [value.__func__, value.__self__], seen)
-    elif hasattr(value, "__dynkit_digest__"):  # a dataset counts by name and version
-        _feed(write, value.__dynkit_digest__(), seen)
-    elif dataclasses.is_dataclass(value):
-        _feed(write, type(value), seen)
-        _feed(write, [getattr(value, f.name) for f in dataclasses.fields(value)], seen)
-    else:
-        write(cloudpickle.dumps(value))
-    write(b"</>")
+        return [part for item in value.items() for part in item]
+    if isinstance(value, set | frozenset):
+        return sorted(value, key=repr)
+    if isinstance(value, list | tuple):
+        return list(value)
+    if isinstance(value, python_types.CodeType):
+        return [value.co_code, value.co_names, value.co_varnames, value.co_consts]
+    if isinstance(value, python_types.ModuleType):
+        return value.__name__.encode()
+    if isinstance(value, python_types.MethodType):
+        return [value.__func__, value.__self__]
+    if isinstance(value, functools.partial):
+        return [value.func, value.args, value.keywords]
+    if isinstance(value, type | python_types.FunctionType | python_types.BuiltinFunctionType):
+        if not is_user_code(value.__module__):
+            return f"{value.__module__}.{value.__qualname__}".encode()
+        return _class_parts(value) if isinstance(value, type) else _function_parts(value)
+    if hasattr(value, "__dynkit_digest__"):  # a dataset counts by name and version
+        return list(value.__dynkit_digest__())
+    if dataclasses.is_dataclass(value):
+        return [type(value), *(getattr(value, field.name) for field in dataclasses.fields(value))]
+    return bytes(cloudpickle.dumps(value))
 
 
-def _feed_function(write: Callable[[bytes], Any], function: python_types.FunctionType, seen: set[int]) -> None:
-    closure = inspect.getclosurevars(function)
-    write(function.__qualname__.encode())
-    _feed(write, function.__code__, seen)
-    _feed(write, [function.__defaults__, function.__kwdefaults__], seen)
-    _feed(write, sorted(closure.nonlocals.items()), seen)
-    _feed(write, sorted(closure.globals.items()), seen)
+def _class_parts(cls: type[Any]) -> list[Any]:
+    members = [(name, item) for name, item in vars(cls).items() if inspect.isroutine(item) or not name.startswith("__")]
+    return [cls.__qualname__, *cls.__bases__, *members]
+
+
+def _function_parts(function: Any) -> list[Any]:
+    used = sorted(_global_names(function.__code__) & function.__globals__.keys())
+    cells = [cell.cell_contents for cell in function.__closure__ or ()]
+    return [
+        function.__qualname__,
+        function.__code__,
+        function.__defaults__,
+        function.__kwdefaults__,
+        cells,
+        [(name, function.__globals__[name]) for name in used],
+    ]
+
+
+def _global_names(code: python_types.CodeType) -> set[str]:
+    """Globals that a function reads, in functions inside it too."""
+    names = {step.argval for step in dis.get_instructions(code) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    inner = (constant for constant in code.co_consts if isinstance(constant, python_types.CodeType))
+    return names.union(*map(_global_names, inner))

@@ -133,18 +133,20 @@ def _as_frame(data: Any) -> tuple[pl.DataFrame, dict[str, np.ndarray[Any, Any]]]
         if "x" in values and "x" not in arrays:
             raise InvalidInput("'x' is the field made of the feature columns; give the array 'x' two dimensions (N, F)")
         return pl.DataFrame({name: value for name, value in values.items() if name not in arrays}), arrays
-    if hasattr(data, "__arrow_c_stream__"):
-        try:
-            return pl.DataFrame(data), {}
-        except pl.exceptions.DuplicateError as error:
-            raise InvalidInput(f"duplicate column names: {error}") from None
-    if hasattr(data, "columns"):  # pandas without pyarrow, and duplicate names in pandas
-        names = [str(name) for name in data.columns]
-        doubled = sorted({name for name in names if names.count(name) > 1})
-        if doubled:
-            raise InvalidInput(f"duplicate column names: {', '.join(doubled)}; rename or drop one of each")
-        return pl.from_pandas(data), {}
-    raise InvalidInput(f"cannot read samples from {type(data).__name__}; pass a Polars frame or a dict of arrays")
+    names = [str(name) for name in getattr(data, "column_names", getattr(data, "columns", []))]  # Arrow, pandas
+    doubled = sorted({name for name in names if names.count(name) > 1})
+    if doubled:
+        raise InvalidInput(f"duplicate column names: {', '.join(doubled)}; rename or drop one of each")
+    if not names:
+        raise InvalidInput(f"cannot read samples from {type(data).__name__}; pass a Polars frame or a dict of arrays")
+    try:
+        return pl.DataFrame(data), {}
+    except ImportError as error:
+        raise InvalidInput(
+            f"{type(data).__name__} needs another package to be read: pip install {error.name}"
+        ) from None
+    except (TypeError, ValueError, pl.exceptions.PolarsError) as error:
+        raise InvalidInput(f"cannot read samples from {type(data).__name__}: {error}") from None
 
 
 def _as_array(name: str, value: Any) -> np.ndarray[Any, Any] | pl.Series:

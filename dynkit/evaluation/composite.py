@@ -64,7 +64,7 @@ def shared(curves: Sequence[pl.DataFrame]) -> list[pl.DataFrame]:
     A window counts when its centre is at or after the latest first centre of any curve: pipelines differ in when
     their first model exists, and may have windows of their own.
     """
-    centre = pl.col("window_start") + (pl.col("window_end") - pl.col("window_start")) / 2
+    centre = (pl.col("window_start").dt.epoch("ns") + pl.col("window_end").dt.epoch("ns")) // 2
     known = [curve.filter(pl.col("value").is_not_null()) for curve in curves]
     firsts = [curve.select(centre.min()).item() for curve in known if curve.height]
     if len(firsts) < len(curves):

@@ -114,7 +114,7 @@ class Batches:
 def _spans(n: int, size: int) -> Iterator[tuple[int, int]]:
     """Cut ``range(n)`` into spans of `size`; the last may be smaller, but one left over joins its predecessor."""
     for low in range(0, n, size):
-        if n - low == size + 1:
+        if size > 1 and n - low == size + 1:
             yield low, n
             return
         yield low, min(low + size, n)

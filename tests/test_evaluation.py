@@ -1,0 +1,273 @@
+"""Metrics against scikit-learn, composites against their definition by brute force, the matrix against a plain loop."""
+
+import datetime as dt
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from conftest import make_frame, make_model, make_pipeline, replayed
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn import metrics as sk
+from torch import nn
+
+import dynkit as dk
+from dynkit import testing
+from dynkit.errors import InvalidInput, TrainingError
+from dynkit.evaluation import composite, evaluate, mean_scores, shared
+from dynkit.evaluation.metrics import F1, Accuracy, Mae, Metric, Rmse, RocAuc, Scores, TopK, metric_name, resolve_metric
+from dynkit.types import Trained, Window
+
+
+def scored(metric: Metric, outputs: torch.Tensor, labels: torch.Tensor, split: int) -> float | None:
+    """The metric as the matrix computes it: batch by batch."""
+    scores = Scores([metric])
+    for low in range(0, len(labels), split):
+        scores.update(outputs[low : low + split], labels[low : low + split])
+    return scores.compute()[metric_name(metric)]
+
+
+@given(st.integers(0, 10**6), st.integers(2, 5), st.integers(20, 300), st.integers(1, 300))
+@settings(max_examples=25, deadline=None)
+def test_classification_metrics_are_scikit_learns(seed: int, classes: int, n: int, split: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.cat([torch.arange(classes), torch.randint(0, classes, (n,), generator=generator)])
+    outputs = torch.randn(len(labels), classes, generator=generator).round(decimals=1)  # ties on purpose
+    predicted = outputs.argmax(1)
+    probabilities = outputs.double().softmax(1).numpy()
+    if classes == 2:
+        auc = sk.roc_auc_score(labels, probabilities[:, 1])
+        f1 = sk.f1_score(labels, predicted)
+    else:
+        auc = sk.roc_auc_score(labels, probabilities, multi_class="ovr")
+        f1 = sk.f1_score(labels, predicted, average="macro")
+    assert scored(Accuracy(), outputs, labels, split) == pytest.approx(sk.accuracy_score(labels, predicted), abs=1e-6)
+    assert scored(RocAuc(), outputs, labels, split) == pytest.approx(auc, abs=1e-6)
+    assert scored(F1(), outputs, labels, split) == pytest.approx(f1, abs=1e-6)
+
+
+def test_top_k_is_scikit_learns() -> None:
+    outputs, labels = torch.randn(500, 7), torch.randint(0, 7, (500,))
+    for k in (1, 2, 5, 7):
+        expected = sk.top_k_accuracy_score(labels, outputs, k=k, labels=range(7))
+        assert scored(TopK(k), outputs, labels, 64) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("shape", [(300,), (300, 1)])
+def test_one_output_is_the_logit_of_class_one(shape: tuple[int, ...]) -> None:
+    labels = torch.randint(0, 2, (300,)).bool()
+    outputs = torch.randn(shape)
+    flat = outputs.reshape(-1)
+    assert scored(Accuracy(), outputs, labels, 50) == pytest.approx(sk.accuracy_score(labels, flat > 0))
+    assert scored(RocAuc(), outputs, labels, 50) == pytest.approx(sk.roc_auc_score(labels, flat), abs=1e-6)
+    assert scored(F1(), outputs, labels, 50) == pytest.approx(sk.f1_score(labels, flat > 0))
+
+
+def test_regression_metrics_are_scikit_learns() -> None:
+    outputs, labels = torch.randn(333, 1), torch.randn(333)
+    assert scored(Mae(), outputs, labels, 50) == pytest.approx(sk.mean_absolute_error(labels, outputs))
+    assert scored(Rmse(), outputs, labels, 50) == pytest.approx(sk.root_mean_squared_error(labels, outputs))
+
+
+def test_roc_auc_of_one_class_is_undefined_not_zero() -> None:
+    assert scored(RocAuc(), torch.randn(10, 2), torch.zeros(10), 5) is None
+    assert scored(RocAuc(), torch.randn(10, 3), torch.tensor([0, 1] * 5), 5) is None
+
+
+def test_extreme_logits_keep_their_order() -> None:
+    outputs = torch.tensor([[0.0, 90.0], [0.0, 95.0], [0.0, -90.0], [0.0, 30.0]])
+    labels = torch.tensor([0, 0, 0, 1])
+    assert scored(RocAuc(), outputs[2:], labels[2:], 1) == 1.0
+
+
+def test_a_metric_of_ones_own_sees_the_whole_window() -> None:
+    def largest(outputs: torch.Tensor, labels: torch.Tensor) -> float:
+        return float(outputs.max()) + len(labels)
+
+    outputs = torch.arange(20.0).reshape(10, 2)
+    assert scored(largest, outputs, torch.zeros(10), 3) == 29.0
+    assert Scores([largest, Accuracy()])._metrics[0] is largest
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: resolve_metric("acuracy"), "did you mean 'accuracy'"),
+        (lambda: TopK(0), "k=0"),
+        (lambda: F1("mean"), "average='mean'"),
+        (lambda: dk.Evaluation(metrics="accuracy"), "must be a list"),
+        (lambda: dk.Evaluation(metrics=[]), "must be a list"),
+        (lambda: dk.Evaluation(metrics=["accuracy", "accuracy"]), "different names"),
+        (lambda: dk.Evaluation(windows=3), "windows=3 is not callable"),
+        (lambda: dk.windows.Tumbling("3 weeks"), "is not a duration"),
+    ],
+)
+def test_wrong_settings_are_named(make: object, message: str) -> None:
+    with pytest.raises(InvalidInput, match=message):
+        make()  # type: ignore[operator]
+
+
+def test_a_metric_that_does_not_fit_the_outputs_says_so() -> None:
+    with pytest.raises(TrainingError, match="top_5 needs outputs"):
+        scored(TopK(5), torch.randn(4, 3), torch.zeros(4), 2)
+    with pytest.raises(TrainingError, match="one output per sample"):
+        scored(Mae(), torch.randn(4, 3), torch.zeros(4), 2)
+
+
+DAY_NS = 86_400 * 10**9
+
+
+@given(st.integers(1, 400), st.integers(0, 10**6))
+@settings(max_examples=30, deadline=None)
+def test_tumbling_windows_cover_the_stream_once(days: int, seed: int) -> None:
+    end = int(np.random.default_rng(seed).integers(1, 300 * DAY_NS))
+    windows = list(dk.windows.Tumbling(f"{days}d")(testing.StreamView(now_ns=end)))
+    assert windows[0].start_ns == 0
+    assert windows[-1].end_ns == end + 1
+    assert all(a.end_ns == b.start_ns for a, b in zip(windows, windows[1:], strict=False))
+    assert all(window.end_ns - window.start_ns == days * DAY_NS for window in windows[:-1])
+
+
+def test_windows_between_triggers_are_the_time_each_model_served() -> None:
+    trained = [Trained(i, 0, last, f"m{i}", 1, 0.0) for i, last in enumerate([10, 20, 40])]
+    view = testing.StreamView(start_ns=5, now_ns=60, trained=trained)
+    windows = list(dk.windows.BetweenTriggers()(view))
+    assert [(w.start_ns, w.end_ns) for w in windows] == [(5, 11), (11, 21), (21, 41), (41, 61)]
+    view.now_ns = 40
+    assert [(w.start_ns, w.end_ns) for w in dk.windows.BetweenTriggers()(view)] == [(5, 11), (11, 21), (21, 41)]
+
+
+def matrix_of(anchors: list[int], models: list[str]) -> pl.DataFrame:
+    rows = [(a, a + 5, a, m, "acc", float(a * 100 + i)) for i, m in enumerate(models) for a in anchors]
+    names = ["window_start", "window_end", "window_anchor", "model", "metric", "value"]
+    times = ["window_start", "window_end", "window_anchor"]
+    frame = pl.DataFrame(rows, schema=names, orient="row")
+    return frame.with_columns(pl.from_epoch(pl.col(times), time_unit="ns").dt.replace_time_zone("UTC"))
+
+
+@given(
+    st.lists(st.integers(0, 60), min_size=1, max_size=6),
+    st.lists(st.integers(0, 60), min_size=1, max_size=8, unique=True),
+)
+@settings(max_examples=60, deadline=None)
+def test_composites_are_their_definition(last: list[int], anchors: list[int]) -> None:
+    last.sort()
+    trained = [Trained(i, 0, ns, f"m{i}", 1, 0.0) for i, ns in enumerate(last)]
+    matrix = matrix_of(anchors, [one.model for one in trained])
+    active: dict[int, int] = {}
+    follower: dict[int, int] = {}
+    for a in anchors:
+        before = [j for j in range(len(last)) if last[j] < a]
+        if before:
+            active[a] = max(before)
+        after = [j for j in range(len(last)) if not before or j > max(before)]
+        follower[a] = min(after) if after else len(last) - 1
+    for kind, expected in (("active", active), ("trained", follower)):
+        curve = composite(matrix, trained, kind)  # type: ignore[arg-type]
+        found = dict(zip(curve["window_anchor"].dt.epoch("ns"), curve["model"], strict=True))
+        assert found == {a: f"m{j}" for a, j in expected.items()}
+
+
+def test_two_triggers_with_one_model_give_one_row_a_window() -> None:
+    trained = [Trained(0, 0, 5, "m", 1, 0.0), Trained(1, 0, 15, "m", 1, 0.0)]
+    assert composite(matrix_of([0, 10, 20], ["m"]), trained, "active").height == 2
+
+
+def test_means_are_plain_and_weighted_by_time_and_skip_what_is_undefined() -> None:
+    hours = [dt.datetime(2020, 1, 1, h, tzinfo=dt.UTC) for h in (0, 1, 4, 9)]
+    curve = pl.DataFrame({"window_start": hours[:3], "window_end": hours[1:], "metric": "m", "value": [1.0, 2.0, None]})
+    assert mean_scores(curve).row(0) == ("m", 1.5, pytest.approx((1 * 1 + 2 * 3) / 4), 2)
+
+
+def test_curves_are_cut_to_where_all_have_a_model() -> None:
+    a, b = (composite(matrix_of([0, 10, 20], ["x"]), [Trained(0, 0, last, "x", 1, 0.0)]) for last in (5, 15))
+    assert [curve.height for curve in shared([a, b])] == [1, 1]
+    assert [curve.height for curve in shared([a, b.clear()])] == [0, 0]
+
+
+def test_the_matrix_is_what_a_plain_loop_finds(dataset: dk.Dataset) -> None:
+    models = {name: make_model() for name in ("m0", "m1", "m2")}
+    windows = [Window(int(w), int(w) + 5 * DAY_NS) for w in dataset.table()["timestamp"].dt.epoch("ns")[[0, 500, 2500]]]
+    windows.append(Window(0, 1))  # before all samples
+    found = list(
+        evaluate(
+            make_model(),
+            {name: model.state_dict() for name, model in models.items()},
+            windows,
+            dataset.open(),
+            [Accuracy()],
+            device=torch.device("cpu"),
+            batch_size=100,
+        )
+    )
+    frame = make_frame()
+    for window, samples, scores in found[:-1]:
+        inside = frame.filter(pl.col("when").dt.epoch("ns").is_between(window.start_ns, window.end_ns, closed="left"))
+        x = torch.tensor(inside.select("a", "b", "c").to_numpy(), dtype=torch.float32)
+        assert samples == inside.height
+        for name, model in models.items():
+            right = (model.eval()(x).argmax(1).numpy() == inside["late"].to_numpy()).mean()
+            assert scores[name]["accuracy"] == pytest.approx(right)
+    assert found[-1][1:] == (0, {})
+
+
+def test_every_window_is_read_once_for_all_models(dataset: dk.Dataset) -> None:
+    version = dataset.open()
+    read: list[int] = []
+    gather = version.gather
+    version.gather = lambda keys: (read.extend(keys.tolist()), gather(keys))[1]  # type: ignore[method-assign]  # counts
+    windows = dk.windows.Tumbling("2d")(
+        testing.StreamView(
+            start_ns=int(dataset.table()["timestamp"].dt.epoch("ns")[0]),
+            now_ns=int(dataset.table()["timestamp"].dt.epoch("ns")[-1]),
+        )
+    )
+    states = {f"m{i}": make_model().state_dict() for i in range(4)}
+    list(evaluate(make_model(), states, windows, version, [Accuracy()], device=torch.device("cpu"), batch_size=50))
+    assert sorted(read) == list(range(3000))
+
+
+def test_comparison_is_a_frame_with_a_picture(dataset: dk.Dataset) -> None:
+    runs = [replayed(make_pipeline(dataset, name=name)) for name in ("one", "two")]
+    comparison = dk.compare(runs)
+    assert comparison["name"].to_list() == ["one", "one", "two", "two"]
+    assert comparison.filter(pl.col("name") == "one")["mean"].to_list() == runs[0].scores()["mean"].to_list()
+    assert (comparison["trainings"] == 6).all()
+    assert comparison["samples_trained"].unique().to_list() == [sum(one.samples for one in runs[0].trained)]
+    assert comparison.chart.to_dict()["title"]["text"].startswith("accuracy of the composite")
+    assert "data:image/svg+xml;base64," in comparison._repr_html_()
+    with pytest.raises(InvalidInput, match="nothing to compare"):
+        dk.compare([])
+
+
+def test_pictures_need_no_network_and_are_svg(dataset: dk.Dataset) -> None:
+    run = replayed(make_pipeline(dataset))
+    comparison = dk.compare([run])
+    for figure in (
+        dk.plots.matrix(run.matrix()),
+        comparison.plot("roc_auc"),
+        dk.plots.cost(comparison.frame, by="train_s"),
+    ):
+        svg = figure.svg()
+        assert svg.startswith("<svg")
+        assert "http" not in svg.replace("http://www.w3.org/", "")
+    with pytest.raises(InvalidInput, match="did you mean 'accuracy'"):
+        dk.plots.matrix(run.matrix(), "acuracy")
+    with pytest.raises(InvalidInput, match="no scores"):
+        dk.plots.matrix(run.matrix().clear())
+
+
+def test_a_regression_runs_through(ws: dk.Workspace) -> None:
+    frame = make_frame().with_columns(late=pl.col("a") * 2 + pl.col("b"))
+    dataset = ws.ingest("numbers", frame, timestamp="when", label="late")
+    run = replayed(
+        make_pipeline(
+            dataset,
+            model=lambda: nn.Linear(3, 1),
+            training=dk.Training(epochs=20, batch_size=32, lr=0.03, loss="mse"),
+            evaluation=dk.Evaluation(windows=dk.windows.BetweenTriggers(), metrics=["rmse", "mae"]),
+        )
+    )
+    assert run.composite()["value"].max() < 0.1
+    assert run.composite()["metric"].unique(maintain_order=True).to_list() == ["rmse", "mae"]

@@ -1,0 +1,157 @@
+"""Triggers and selections: the public checks, and what they mean by brute force."""
+
+import datetime as dt
+
+import numpy as np
+import polars as pl
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import dynkit as dk
+from dynkit import testing
+from dynkit.errors import InvalidInput
+from dynkit.policies import as_trigger, describe, digest
+
+STREAM = testing.stream()
+
+
+@given(st.integers(1, 6000), st.integers(1, 6000))
+@settings(max_examples=30, deadline=None)
+def test_amount_fires_after_every_n_samples_however_the_stream_is_split(n: int, split: int) -> None:
+    fired = testing.positions(dk.triggers.Amount(n), STREAM, split)
+    assert fired == list(range(n, STREAM.height + 1, n))
+
+
+@given(st.sampled_from(["6h", "1d", "7d", "1mo", "1q"]), st.integers(1, 6000), st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_time_fires_when_a_period_is_over_however_the_stream_is_split(every: str, split: int, anchored: bool) -> None:
+    trigger = dk.triggers.Time(every, start="2020-01-01" if anchored else None)
+    truncated = STREAM["timestamp"].dt.truncate(every)  # periods of the calendar: the stream starts at one
+    if every == "7d":  # Polars counts weeks from a Monday
+        days = (STREAM["timestamp"] - dt.datetime(2020, 1, 1, tzinfo=dt.UTC)).dt.total_days()
+        truncated = days // 7
+    expected = (np.flatnonzero((truncated != truncated.shift(1)).fill_null(False).to_numpy())).tolist()
+    assert testing.positions(trigger, STREAM, split) == expected
+
+
+@pytest.mark.parametrize(
+    "selection", [dk.selection.New(), dk.selection.All(), dk.selection.Random(fraction=0.3), dk.selection.Random(n=50)]
+)
+def test_built_in_selections_pass_the_public_check(selection: object) -> None:
+    testing.check_selection(selection)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("trigger", [dk.triggers.Amount(333), dk.triggers.Time("36h")])
+def test_built_in_triggers_pass_the_public_check(trigger: object) -> None:
+    testing.check_trigger(trigger)  # type: ignore[arg-type]
+
+
+def test_new_takes_the_samples_since_the_last_trigger() -> None:
+    view = testing.StreamView(samples_since_trigger=7)
+    keys = dk.selection.New()(STREAM, view, np.random.default_rng(0))
+    assert keys.to_list() == STREAM["key"].to_list()[-7:]
+
+
+@given(st.floats(0.001, 1), st.integers(0, 100))
+@settings(max_examples=30, deadline=None)
+def test_random_takes_the_fraction_evenly(fraction: float, seed: int) -> None:
+    keys = dk.selection.Random(fraction=fraction)(STREAM, testing.StreamView(), np.random.default_rng(seed))
+    assert len(keys) == max(1, round(fraction * STREAM.height))
+    assert keys.is_sorted()
+
+
+def test_random_is_uniform() -> None:
+    pool = STREAM.head(10)
+    counts = np.zeros(10)
+    for seed in range(2000):
+        counts[dk.selection.Random(n=3)(pool, testing.StreamView(), np.random.default_rng(seed)).to_numpy()] += 1
+    assert abs(counts / 2000 - 0.3).max() < 0.04  # four standard deviations
+
+
+def test_random_n_takes_all_of_a_smaller_pool() -> None:
+    assert len(dk.selection.Random(n=99)(STREAM.head(5), testing.StreamView(), np.random.default_rng(0))) == 5
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: dk.triggers.Amount(0), "n=0"),
+        (lambda: dk.triggers.Amount(2.5), "n=2.5"),
+        (lambda: dk.triggers.Amount(True), "n=True"),
+        (lambda: dk.triggers.Time("30 days"), "every: '30 days'"),
+        (lambda: dk.triggers.Time("30d", start="soon"), "'soon' is not a time"),
+        (lambda: dk.selection.Random(), "either fraction or n"),
+        (lambda: dk.selection.Random(0.5, n=3), "either fraction or n"),
+        (lambda: dk.selection.Random(fraction=0), "fraction=0"),
+        (lambda: dk.selection.Random(n=0), "n=0"),
+        (lambda: as_trigger(dk.triggers.Amount), "is a class; pass an instance"),
+        (lambda: as_trigger(5), "trigger=5 is not callable"),
+        (lambda: as_trigger(lambda new: True), r"cannot be called with \(new, run\)"),
+    ],
+)
+def test_wrong_parameters_are_named(make: object, message: str) -> None:
+    with pytest.raises(InvalidInput, match=message):
+        make()  # type: ignore[operator]
+
+
+class Backwards:
+    def __call__(self, new: pl.DataFrame, run: object) -> list[int]:
+        return [3, 1]
+
+
+@pytest.mark.parametrize("trigger", [lambda new, run: 3.5, Backwards(), lambda new, run: [new.height]])
+def test_the_public_check_finds_broken_triggers(trigger: object) -> None:
+    with pytest.raises(AssertionError):
+        testing.check_trigger(trigger)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "selection",
+    [
+        lambda pool, run, rng: [],
+        lambda pool, run, rng: [10**9],
+        lambda pool, run, rng: [1, 1],
+        lambda pool, run, rng: np.random.randint(0, 1000, 5),
+        lambda pool, run, rng: pl.DataFrame({"key": [1], "weight": [-1.0]}),
+    ],
+)
+def test_the_public_check_finds_broken_selections(selection: object) -> None:
+    with pytest.raises(AssertionError):
+        testing.check_selection(selection)  # type: ignore[arg-type]
+
+
+def compiled(source: str, **names: object) -> object:
+    """A function as a notebook cell would define it."""
+    space: dict[str, object] = {"__name__": "__main__", **names}
+    exec(source, space)
+    return space["f"]
+
+
+def test_digest_is_the_same_for_the_same_source_and_changes_with_what_matters() -> None:
+    source = "def f(new, run, n=3):\n    return LIMIT + sum([helper(i) for i in range(n)])\n"
+    helper = compiled("def f(n): return n")
+    base = digest(compiled(source, LIMIT=1, helper=helper))
+    assert base == digest(compiled(source, LIMIT=1, helper=compiled("def f(n): return n")))
+    assert base != digest(compiled(source, LIMIT=2, helper=helper))
+    assert base != digest(compiled(source, LIMIT=1, helper=compiled("def f(n): return n + 1")))
+    assert base != digest(compiled(source.replace("n=3", "n=4"), LIMIT=1, helper=helper))
+    assert digest(dk.triggers.Amount(3)) != digest(dk.triggers.Amount(4))
+
+
+def test_digest_is_the_same_in_another_process() -> None:
+    import subprocess
+    import sys
+
+    code = (
+        "from dynkit.policies import digest; from torch import nn; import dynkit as dk\n"
+        "def make(): return nn.Linear(3, len({'a', 'b', 'c'}))\n"
+        "print(digest([make, dk.Training(lr=1e-2), dk.triggers.Time('1mo'), {'x', 'y', 'zz'}]))"
+    )
+    found = {subprocess.check_output([sys.executable, "-c", code], text=True) for _ in range(2)}
+    assert len(found) == 1
+
+
+def test_describe_gives_names_and_parameters() -> None:
+    assert describe(dk.selection.Random(n=3)) == {"random": {"fraction": None, "n": 3}}
+    assert describe([dk.windows.Tumbling("3d"), describe]) == [{"tumbling": {"every": "3d", "start": None}}, "describe"]
