@@ -88,7 +88,7 @@ def test_the_loop_is_a_hand_written_one(dataset: dk.Dataset) -> None:
 def test_every_optimizer_learns(dataset: dk.Dataset, optimizer: Any) -> None:
     lr = 0.5 if optimizer in ("sgd", "adagrad") else 0.02
     _, context = trained(dataset, Training(epochs=8, batch_size=50, optimizer=optimizer, lr=lr))
-    assert context.history[-1]["loss"] < 0.4 < context.history[0]["loss"]
+    assert context.history[-1]["loss"] < min(0.5, 0.9 * context.history[0]["loss"])
 
 
 @pytest.mark.parametrize(
@@ -147,9 +147,9 @@ def test_early_stopping_keeps_the_best(dataset: dk.Dataset) -> None:
     best = int(np.argmin(losses))
     assert len(losses) == best + 3 < 50
     samples = dataset.read(range(500, 700))
-    assert float(nn.functional.cross_entropy(model(samples["x"]), samples["label"])) == pytest.approx(
-        losses[best], rel=1e-4
-    )
+    with torch.no_grad():
+        loss = float(nn.functional.cross_entropy(model(samples["x"]), samples["label"]))
+    assert loss == pytest.approx(losses[best], rel=1e-4)
 
 
 def returning(shape: tuple[int, ...]) -> nn.Module:

@@ -142,9 +142,7 @@ def _as_frame(data: Any) -> tuple[pl.DataFrame, dict[str, np.ndarray[Any, Any]]]
     try:
         return pl.DataFrame(data), {}
     except ImportError as error:
-        raise InvalidInput(
-            f"{type(data).__name__} needs another package to be read: pip install {error.name}"
-        ) from None
+        raise InvalidInput(f"{type(data).__name__} needs a package to be read: pip install {error.name}") from None
     except (TypeError, ValueError, pl.exceptions.PolarsError) as error:
         raise InvalidInput(f"cannot read samples from {type(data).__name__}: {error}") from None
 
