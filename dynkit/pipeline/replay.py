@@ -304,7 +304,7 @@ def _keys_and_weights(chosen: Any) -> "tuple[IntArray, np.ndarray[Any, Any] | No
         if "key" not in chosen.columns:
             raise PolicyError(f"the selection returned a frame without a column key: {chosen.columns}")
         if "weight" in chosen.columns:
-            weights = chosen["weight"].cast(pl.Float32).to_numpy()
+            weights = chosen["weight"].cast(pl.Float32).to_numpy(writable=True)
             if not (np.isfinite(weights).all() and (weights >= 0).all()):
                 raise PolicyError("the selection returned weights that are negative, null or not finite")
         chosen = chosen["key"]

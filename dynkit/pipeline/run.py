@@ -325,11 +325,14 @@ class Run:
             row = connection.execute(sa.select(runs).where(runs.c.id == self.id)).one()
             if row.status not in ACTIVE or row.pid != process.pid:
                 return
-            phase = ", ".join(f"{key} {value}" for key, value in row.progress.items() if key in ("phase", "trigger"))
-            error = f"the worker process {how} in {phase}; {advice}\n{self.log_tail()}"
+            error = f"the worker process {how} after {self._last_step()}; {advice}\n{self.log_tail()}"
             values = {"status": status, "error": error, "ended_ns": time.time_ns(), "request": None}
             connection.execute(sa.update(runs).where(runs.c.id == self.id).values(**values))
             insert_event(connection, self.id, status, {"error": error.splitlines()[0]})
+
+    def _last_step(self) -> str:
+        events = self.events()
+        return f"'{events[-1].kind}'" if events else "its start"
 
     def log_tail(self) -> str:
         """Return the last lines of what the worker printed and logged."""
