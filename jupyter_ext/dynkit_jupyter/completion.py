@@ -90,17 +90,17 @@ def place(lines: list[str], token: str) -> tuple[tuple[str, ...], bool]:
     if opened is not None:
         path.append(opened[2])
         last, wants_key = last[opened.end() :], False
+    opened_at: list[tuple[str, int]] = []  # open brackets, and how long the path was there
     for mark in re.findall(r"[\w.:-]+:\s|[{}\[\],]", last):
-        if mark == "{":
-            wants_key = True
+        if mark in "{[":
+            opened_at.append((mark, len(path)))
+            wants_key = mark == "{"
         elif mark in "}]":
-            path = path[:-1] if mark == "}" else path
-        elif mark == ",":
-            wants_key = True
-            path = path[:-1]
-        elif mark == "[":
-            wants_key = False
-        else:
+            path = path[: opened_at.pop()[1]] if opened_at else path
+        elif mark == "," and opened_at:
+            path = path[: opened_at[-1][1]]
+            wants_key = opened_at[-1][0] == "{"
+        elif mark != ",":
             path.append(mark.strip()[:-1])
             wants_key = False
     return tuple(path), wants_key and "- " not in last
