@@ -63,14 +63,16 @@ def test_times_of_any_unit_and_zone_keep_their_instant(ws: dk.Workspace, unit: s
     assert dataset.table()["timestamp"].dt.epoch("us").item() == when.dt.epoch("us").item()
 
 
-def test_dates_and_arrays_of_any_shape_are_accepted(ws: dk.Workspace) -> None:
+@pytest.mark.parametrize("unit", ["D", "h", "m", "s", "ms", "ns"])
+def test_dates_and_arrays_of_any_shape_are_accepted(ws: dk.Workspace, unit: str) -> None:
     images = np.random.default_rng(0).integers(0, 255, (10, 3, 4, 5), dtype=np.uint8)
-    days = np.arange("2020-01-01", "2020-01-11", dtype="datetime64[D]")
+    days = np.arange("2020-01-01", "2020-01-11", dtype="datetime64[D]").astype(f"datetime64[{unit}]")
     data = {"image": images, "day": days, "y": torch.arange(10) % 2, "group": ["a", "b"] * 5}
     dataset = ws.ingest("s", data, timestamp="day", label="y")
     assert dataset.schema["fields"] == {"image": {"dtype": "uint8", "shape": [3, 4, 5]}}
     np.testing.assert_array_equal(dataset.read(range(9, -1, -1))["image"].numpy(), images[::-1])
     assert dataset.table()["group"].to_list() == ["a", "b"] * 5
+    assert dataset.table()["timestamp"].dt.day().to_list() == list(range(1, 11))
 
 
 def bad(**changes: object) -> pl.DataFrame:

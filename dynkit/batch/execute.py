@@ -6,6 +6,7 @@ and a run left unfinished are failures; ``sys.exit(0)`` in a cell is an early en
 
 import json
 import os
+import re
 import sys
 import time
 import traceback
@@ -22,6 +23,8 @@ from dynkit.pipeline.process import ACTIVE
 from dynkit.pipeline.started import started
 
 __all__: list[str] = []
+
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def main() -> None:
@@ -68,7 +71,7 @@ def _executed(request: dict[str, Any]) -> tuple[str | None, str]:
         if error.ename == "SystemExit":
             early = str(error.evalue) in ("0", "None", "")
             return (None, "") if early else (f"a cell ended with sys.exit({error.evalue})", str(error))
-        return f"cell {error.exec_count}: {error.ename}: {error.evalue}", "\n".join(error.traceback)
+        return f"cell {error.exec_count}: {error.ename}: {error.evalue}", _COLOUR.sub("", "\n".join(error.traceback))
     except DeadKernelError:
         return "the kernel died (out of memory, or a crash in native code)", traceback.format_exc()
     except CellTimeoutError:

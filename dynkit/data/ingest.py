@@ -157,6 +157,8 @@ def _as_array(name: str, value: Any) -> np.ndarray[Any, Any] | pl.Series:
         raise InvalidInput(f"array {name!r} holds Python objects; every sample needs the same shape and a number type")
     if array.ndim > 1 and array.dtype.kind not in "biuf":
         raise InvalidInput(f"array {name!r} has dtype {array.dtype}; fields hold booleans, integers or floats")
+    if array.dtype.kind == "M" and np.datetime_data(array.dtype)[0] not in ("D", "ms", "us", "ns"):
+        array = array.astype("datetime64[us]")  # Polars has no hours or minutes
     return array if array.ndim > 1 else pl.Series(name, array)
 
 

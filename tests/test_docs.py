@@ -1,0 +1,47 @@
+"""The documentation's code runs as it is written."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+
+DOCS = Path(__file__).parents[1] / "docs"
+GUIDE = (DOCS / "guides/bring-your-own-data.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL)
+
+
+def readings(start: str, rows: int) -> pl.DataFrame:
+    rng = np.random.default_rng(0)
+    heat, noise = rng.normal(size=(2, rows))
+    time = np.datetime64(start) + np.arange(rows) * np.timedelta64(1, "h").astype("timedelta64[us]")
+    return pl.DataFrame(
+        {"time": time, "heat": heat, "noise": noise, "place": "hall", "broken": (heat > noise).astype(int)}
+    )
+
+
+def test_the_guide_takes_a_users_csv_and_arrays_through_all_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    readings("2024-01-01T00:00", 1000).write_csv("readings.csv")
+    readings("2024-03-01T00:00", 50).write_csv("more.csv")
+    results = []
+    for block in BLOCKS:
+        assert len([line for line in block.splitlines() if line.strip()]) < 15
+        body, last = block.strip().rsplit("\n", 1)
+        names: dict[str, object] = {"__name__": "__main__"}
+        exec(body, names)
+        results.append(eval(last, names))
+    curve, scores, (version, rows) = results
+    assert curve["value"].tail(1).item() > 0.5
+    assert scores["metric"].to_list() == ["accuracy"]
+    assert (version, rows) == (2, 1000)
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    root = DOCS.parent
+    for page in [root / "README.md", root / "CONTRIBUTING.md", *DOCS.glob("*.md"), *DOCS.glob("*/*.md")]:
+        for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
