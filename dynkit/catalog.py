@@ -16,7 +16,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from dynkit.errors import StorageError
+from dynkit.errors import NotFound, StorageError
 
 __all__ = [
     "Catalog",
@@ -32,6 +32,7 @@ __all__ = [
 
 SCHEMA_VERSION = 1
 _BUSY_TIMEOUT_S = 60.0
+_FILE = "catalog.sqlite"
 _metadata = sa.MetaData()
 
 _info = sa.Table(
@@ -118,7 +119,7 @@ edges = sa.Table(
     sa.Column("parent", sa.ForeignKey("models.id"), primary_key=True),
     sa.Column("child", sa.ForeignKey("models.id"), primary_key=True),
     sa.Column("kind", sa.String, primary_key=True),  # "derived" or "version"
-    sa.Column("run", sa.ForeignKey("runs.id")),
+    sa.Column("run", sa.String, primary_key=True),  # which run made it; empty when a person did
 )
 evaluations = sa.Table(
     "evaluations",
@@ -150,15 +151,33 @@ class Catalog:
     """
 
     def __init__(self, root: str | os.PathLike[str] | None = None) -> None:
-        self.root = Path(root or os.environ.get("DYNKIT_WORKSPACE") or "dynkit-workspace").expanduser().resolve()
+        self.root = self.locate(root)
         try:
             self.root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StorageError(f"cannot make the workspace {self.root}: {error.strerror or error}") from error
-        self._engine = sa.create_engine(f"sqlite:///{self.root / 'catalog.sqlite'}")
+        self._engine = sa.create_engine(f"sqlite:///{self.root / _FILE}")
         sa.event.listen(self._engine, "connect", _configure)
         sa.event.listen(self._engine, "begin", _begin)
         self._prepare()
+
+    @staticmethod
+    def locate(root: str | os.PathLike[str] | None = None) -> Path:
+        """Return where a workspace is or would be made; makes nothing."""
+        return Path(root or os.environ.get("DYNKIT_WORKSPACE") or "dynkit-workspace").expanduser().resolve()
+
+    @classmethod
+    def existing(cls, root: str | os.PathLike[str] | None = None) -> "Catalog":
+        """Open a workspace that is there.
+
+        Raises
+        ------
+        NotFound
+        """
+        path = cls.locate(root)
+        if not (path / _FILE).exists():
+            raise NotFound(f"no workspace at {path}; dk.Workspace({str(path)!r}) makes one")
+        return cls(path)
 
     def __reduce__(self) -> tuple[type["Catalog"], tuple[str]]:
         return Catalog, (str(self.root),)
@@ -203,7 +222,7 @@ class Catalog:
         except sa.exc.DatabaseError as error:
             if isinstance(error, sa.exc.IntegrityError):
                 raise
-            raise StorageError(f"the catalog {self.root / 'catalog.sqlite'} cannot be used: {error.orig}") from error
+            raise StorageError(f"the catalog {self.root / _FILE} cannot be used: {error.orig}") from error
 
     def close(self) -> None:
         """Close all connections; the catalog opens new ones when used again."""

@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import click
-import yaml
 from rich.console import Console
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.table import Table
+from rich.text import Text
 
 import dynkit as dk  # its names load when used: help must not wait for torch
 from dynkit import batch as batches
 from dynkit.errors import DynkitError, InvalidInput
 from dynkit.html import duration
+from dynkit.yaml import parse
 
 __all__ = ["main"]
 
@@ -41,7 +42,7 @@ def _told() -> Iterator[None]:
     try:
         yield
     except DynkitError as error:
-        _err.print(f"[red]{type(error).__name__}[/red]: {error}", highlight=False, soft_wrap=True)
+        _say(f"{type(error).__name__}: {error}", to=_err)
         raise SystemExit(2) from None
 
 
@@ -51,8 +52,20 @@ def main() -> None:
     """Train models on datasets that never stop growing."""
 
 
+def _say(text: str, *, to: Console | None = None, style: str = "", end: str = "\n") -> None:
+    """Print text as it is: brackets are no markup, numbers no colours, and long lines stay whole."""
+    (to or _out).print(text, style=style, end=end, highlight=False, markup=False, soft_wrap=True)
+
+
+def _open(workspace: Path | None) -> "dk.Workspace":
+    """Open a workspace that is there; looking must not make one."""
+    from dynkit.catalog import Catalog
+
+    return dk.Workspace(Catalog.existing(workspace).root)
+
+
 def _run(workspace: Path | None, run: str) -> "dk.Run":
-    return dk.Workspace(workspace).run(run)
+    return _open(workspace).run(run)
 
 
 @main.command("run")
@@ -68,7 +81,7 @@ def run_pipeline(file: Path, workspace: Path | None, device: str | None) -> None
             text = file.read_text()
         except OSError as error:
             raise InvalidInput(f"cannot read {file}: {error.strerror}") from None
-        ws = dk.Workspace(workspace)
+        ws = _open(workspace)
         sys.path.insert(0, str(file.parent.resolve()))  # modules beside the file, as for a script
         pipeline = build(text, ws.catalog, device=device)
     run: dk.Run | None = None
@@ -88,18 +101,21 @@ def run_pipeline(file: Path, workspace: Path | None, device: str | None) -> None
         with Live(get_renderable=render, console=_out, refresh_per_second=4, transient=True):
             for event in pipeline.replay():
                 run = run or ws.run(event.run)
-                _out.print(str(event), style="dim", highlight=False, markup=False, soft_wrap=True)
+                _say(str(event), style="dim")
     except Exception:
-        failed = ws.runs(pipeline.name)[0]
-        _err.print(failed.error or traceback.format_exc(), highlight=False, markup=False, soft_wrap=True)
-        _err.print(f"run {failed.id} {failed.status}; dynkit resume {failed.id} continues it")
+        _say(traceback.format_exc().rstrip(), to=_err)
+        if run is not None:
+            _say(f"run {run.id} {run.status}; dynkit resume {run.id} continues it", to=_err)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
-        _err.print(f"interrupted; dynkit resume {ws.runs(pipeline.name)[0].id} continues it")
+        if run is not None:
+            _say(f"interrupted; dynkit resume {run.id} continues it", to=_err)
         raise SystemExit(130) from None
     assert run is not None
-    _out.print(f"run {run.id} {run.status}")
+    status = run.status
+    _say(f"run {run.id} {status}")
     _table(*dk.compare([run]).rows_as_text())
+    raise SystemExit(0 if status == "finished" else 1)
 
 
 @main.command("runs")
@@ -107,7 +123,7 @@ def run_pipeline(file: Path, workspace: Path | None, device: str | None) -> None
 def list_runs(workspace: Path | None) -> None:
     """List the runs of a workspace."""
     with _told():
-        runs = dk.Workspace(workspace).runs()
+        runs = _open(workspace).runs()
         _table(list(runs.columns), runs.rows_as_text())
 
 
@@ -119,11 +135,11 @@ def show(run: str, events: int, workspace: Path | None) -> None:
     """Show RUN: status, last events, scores, and the error if it failed."""
     with _told():
         found = _run(workspace, run)
-        _out.print(repr(found), highlight=False, markup=False)
+        _say(repr(found))
         for event in found.events()[-events:]:
-            _out.print(str(event), style="dim", highlight=False, markup=False, soft_wrap=True)
+            _say(str(event), style="dim")
         if found.error:
-            _out.print(found.error, highlight=False, markup=False, soft_wrap=True)
+            _say(found.error)
         if found.trained:
             _table(*dk.compare([found]).rows_as_text())
 
@@ -136,7 +152,7 @@ def wait(run: str, timeout: float | None, workspace: Path | None) -> None:
     """Wait for RUN; exit code 1 unless it finishes."""
     with _told():
         status = _run(workspace, run).wait(timeout)
-    _out.print(f"run {run} {status}")
+    _say(f"run {run} {status}")
     raise SystemExit(0 if status == "finished" else 1)
 
 
@@ -146,7 +162,7 @@ def wait(run: str, timeout: float | None, workspace: Path | None) -> None:
 def pause(run: str, workspace: Path | None) -> None:
     """Let RUN stand still."""
     with _told():
-        _out.print(repr(_run(workspace, run).pause()), highlight=False, markup=False)
+        _say(repr(_run(workspace, run).pause()))
 
 
 @main.command()
@@ -155,7 +171,7 @@ def pause(run: str, workspace: Path | None) -> None:
 def resume(run: str, workspace: Path | None) -> None:
     """Let a paused RUN go on, or continue one that was interrupted, cancelled or failed, in the background."""
     with _told():
-        _out.print(repr(_run(workspace, run).resume()), highlight=False, markup=False)
+        _say(repr(_run(workspace, run).resume()))
 
 
 @main.command()
@@ -164,7 +180,7 @@ def resume(run: str, workspace: Path | None) -> None:
 def cancel(run: str, workspace: Path | None) -> None:
     """End RUN; what it committed stays."""
     with _told():
-        _out.print(repr(_run(workspace, run).cancel()), highlight=False, markup=False)
+        _say(repr(_run(workspace, run).cancel()))
 
 
 @main.command()
@@ -173,7 +189,7 @@ def cancel(run: str, workspace: Path | None) -> None:
 def compare(runs: tuple[str, ...], workspace: Path | None) -> None:
     """Compare runs by cost and composite score; without ids, the newest run of each pipeline."""
     with _told():
-        ws = dk.Workspace(workspace)
+        ws = _open(workspace)
         chosen = [ws.run(run) for run in runs]
         if not runs:
             newest = {run.name: run for run in reversed(ws.runs()) if run.trained}
@@ -196,7 +212,7 @@ class _Values(click.ParamType):  # type: ignore[type-arg]  # generic only in new
         name, equals, values = str(value).partition("=")
         if not (equals and name and values):
             self.fail(f"{value!r} is not like lr=0.1,0.01", param, context)
-        return name, [yaml.safe_load(item) for item in values.split(",")]
+        return name, [parse(item).value for item in values.split(",")]
 
 
 @main.command()
@@ -219,26 +235,26 @@ def batch(
     html: bool,
 ) -> None:
     """Execute NOTEBOOK headless, once per combination of parameters; exit code 1 when one fails."""
-    fixed = {name: yaml.safe_load(value) for name, value in parameters}
+    fixed = {name: parse(value).value for name, value in parameters}
     with _told():
         jobs = batches.plan(notebook, folder, [{**fixed, **chosen} for chosen in batches.combinations(dict(grid))])
     records = []
     for number, job in enumerate(jobs, 1):
         earlier = job.finished() if resuming else None
-        _out.print(f"[{number}/{len(jobs)}] {job.output}", end=" ", highlight=False, markup=False, soft_wrap=True)
+        _say(f"[{number}/{len(jobs)}] {job.output}", end=" ")
         record = earlier or batches.execute(job, timeout_s=timeout, html=html)
         seconds = "" if earlier else f" in {duration(record['seconds'])}"
-        _out.print(f"{record['status']}{' before' if earlier else seconds}", highlight=False)
+        _say(f"{record['status']}{' before' if earlier else seconds}")
         if record["error"]:
-            _err.print(record["traceback"] or record["error"], highlight=False, markup=False, soft_wrap=True)
+            _say(record["traceback"] or record["error"], to=_err)
         if html and job.output.with_suffix(".html").exists():
-            _out.print(f"page: {job.output.with_suffix('.html').resolve()}", highlight=False, soft_wrap=True)
+            _say(f"page: {job.output.with_suffix('.html').resolve()}")
         records.append(record)
     table = batches.results(records)
     table.write_csv(folder / "results.csv")
     shown = [name for name in table.columns if name != "notebook"]
     _table(shown, [[_cell(value) for value in row] for row in table.select(shown).iter_rows()])
-    _out.print(f"results: {(folder / 'results.csv').resolve()}", highlight=False, soft_wrap=True)
+    _say(f"results: {(folder / 'results.csv').resolve()}")
     raise SystemExit(1 if any(record["status"] != "finished" for record in records) else 0)
 
 
@@ -252,5 +268,5 @@ def _table(columns: list[str], rows: list[list[str]]) -> None:
     for column in columns:
         table.add_column(column, overflow="fold", no_wrap=False)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     _out.print(table)

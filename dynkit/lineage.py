@@ -21,12 +21,13 @@ class Lineage:
         self._catalog = catalog
 
     def graph(self) -> "nx.MultiDiGraph[str]":
-        """All models as nodes; edges keyed by kind, with the run that made them."""
+        """All models as nodes; edges keyed by kind, with the `runs` that made them."""
         graph: nx.MultiDiGraph[str] = nx.MultiDiGraph()
         with self._catalog.read() as connection:
             graph.add_nodes_from(connection.scalars(sa.select(models.c.id).order_by(models.c.created_ns)))
             for edge in connection.execute(sa.select(edges)):
-                graph.add_edge(edge.parent, edge.child, key=edge.kind, run=edge.run)
+                key = graph.add_edge(edge.parent, edge.child, key=edge.kind)
+                graph.edges[edge.parent, edge.child, key].setdefault("runs", []).append(edge.run)
         return graph
 
     def ancestors(self, model: str) -> set[str]:

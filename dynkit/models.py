@@ -20,6 +20,7 @@ import torch
 from blake3 import blake3
 
 from dynkit.catalog import Catalog, models, tensors
+from dynkit.disk import flush
 from dynkit.errors import InvalidInput, NotFound, StorageError
 
 __all__ = ["ModelStore", "manifest_id", "tensor_id"]
@@ -134,6 +135,7 @@ class ModelStore:
                     stream.write(raw)
                 stream.flush()
                 os.fsync(stream.fileno())
+            flush(self._packs)
             yield rows
         except Exception as error:  # an interrupt may come after the commit: then the pack stays
             with suppress(OSError):

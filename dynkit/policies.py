@@ -16,9 +16,10 @@ import sys
 import sysconfig
 import types as python_types
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, cast
 
-import cloudpickle
+import numpy as np
 from blake3 import blake3
 
 from dynkit.errors import InvalidInput
@@ -178,7 +179,7 @@ def _parts(value: Any) -> bytes | list[Any]:
     if isinstance(value, python_types.CodeType):
         return [value.co_code, value.co_names, value.co_varnames, value.co_consts]
     if isinstance(value, python_types.ModuleType):
-        return value.__name__.encode()
+        return _module_parts(value) if is_user_code(value.__name__) else value.__name__.encode()
     if isinstance(value, python_types.MethodType):
         return [value.__func__, value.__self__]
     if isinstance(value, functools.partial):
@@ -191,7 +192,30 @@ def _parts(value: Any) -> bytes | list[Any]:
         return list(value.__dynkit_digest__())
     if dataclasses.is_dataclass(value):
         return [type(value), *(getattr(value, field.name) for field in dataclasses.fields(value))]
-    return bytes(cloudpickle.dumps(value))
+    if hasattr(value, "__array__") and hasattr(value, "dtype"):  # NumPy arrays and tensors
+        if hasattr(value, "detach"):
+            value = value.detach().cpu()
+            array = value.float().numpy() if "bfloat16" in str(value.dtype) else value.numpy()
+        else:
+            array = np.asarray(value)
+        return [str(value.dtype), list(array.shape), array.tobytes()]
+    try:
+        return list(value.__reduce_ex__(4))  # the class and the state, in parts of their own
+    except Exception:  # what cannot be taken apart: its class and, where there are any, its attributes
+        return [type(value), vars(value) if hasattr(value, "__dict__") else repr(value)]
+
+
+def _module_parts(module: python_types.ModuleType) -> list[Any]:
+    """Source of a user's module, and what it takes from other user modules."""
+    file = module.__file__
+    used = [
+        (name, item)
+        for name, item in sorted(vars(module).items())
+        if isinstance(item, python_types.ModuleType | python_types.FunctionType | type)
+        and is_user_code(getattr(item, "__module__", None) or getattr(item, "__name__", None))
+        and getattr(item, "__module__", None) != module.__name__
+    ]
+    return [Path(file).read_bytes() if file and Path(file).exists() else module.__name__, *used]
 
 
 def _class_parts(cls: type[Any]) -> list[Any]:

@@ -52,7 +52,7 @@ class Random:
     def __post_init__(self) -> None:
         if (self.fraction is None) == (self.n is None):
             raise InvalidInput("give either fraction or n: Random(fraction=0.5) or Random(n=10_000)")
-        if self.fraction is not None and not 0 < self.fraction <= 1:
+        if self.fraction is not None and not (isinstance(self.fraction, int | float) and 0 < self.fraction <= 1):
             raise InvalidInput(f"fraction={self.fraction!r} must be in (0, 1]")
         if self.n is not None and (isinstance(self.n, bool) or not isinstance(self.n, int) or self.n < 1):
             raise InvalidInput(f"n={self.n!r} must be a whole number of samples, at least 1")

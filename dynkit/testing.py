@@ -99,6 +99,7 @@ def positions(trigger: Trigger, table: pl.DataFrame, split: int) -> list[int]:
                 last = seen
                 view.trained.append(Trained(len(fired) - 1, seen, int(time_ns[seen - 1]), f"{seen}", seen, 0.0))
                 view.samples_since_trigger = -(int(position) + 1)
+                view.now_ns = int(time_ns[seen - 1])
     return fired
 
 

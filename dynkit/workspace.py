@@ -117,10 +117,10 @@ class Workspace:
             return Runs(Run(self.catalog, id) for id in connection.scalars(query).all())
 
     def find(self, pipeline: Pipeline) -> Run | None:
-        """Return the newest run of an equal pipeline on the same samples that is going or finished, if there is one."""
+        """Return the newest run of an equal pipeline on the same samples that is going, done or can go on, if any."""
         runs = tables.runs
         query = sa.select(runs.c.id).where(runs.c.digest == pipeline.digest()).order_by(runs.c.created_ns.desc())
         with self.catalog.read() as connection:
             ids = connection.scalars(query).all()
         found = (Run(self.catalog, id) for id in ids)
-        return next((run for run in found if run.status in ("running", "paused", "finished")), None)
+        return next((run for run in found if run.status in ("running", "paused", "interrupted", "finished")), None)

@@ -63,7 +63,7 @@ def dynkit(folder: Path, *arguments: str, **more: str) -> subprocess.CompletedPr
         ("import sys; sys.exit(3)", "failed", "a cell ended with sys.exit(3)"),
         ("import os; os._exit(1)", "failed", "the kernel died"),
         ("import time; time.sleep(60)", "failed", "a cell took longer than 3 s"),
-        (SETUP + "run = make_pipeline(stream, model=lambda: Slow(3, 2)).start()", "failed", "was still running when the notebook ended; add run.wait()"),
+        (SETUP + "run = make_pipeline(stream, model=lambda: Slow(3, 2)).start()", "failed", "was still running at the end and was cancelled; add run.wait()"),
         (SETUP + "run = make_pipeline(stream, model=lambda: 1 / 0).start(); run.wait()", "failed", "failed: ZeroDivisionError"),
         (SETUP + "run = make_pipeline(stream).start(); run.wait()", "finished", None),
     ],
@@ -85,8 +85,7 @@ def test_status_exit_code_and_notebook_tell_what_happened(
     if error is not None:
         assert error.split(";")[0] in " ".join((done.stdout + done.stderr).split())
     for run in record["runs"]:
-        if run["status"] == "running":
-            dk.Workspace(run["workspace"]).run(run["id"]).cancel()
+        assert dk.Workspace(run["workspace"]).run(run["id"]).status not in ("running", "paused")
 
 
 def test_a_grid_keeps_failures_carries_on_and_resumes(tmp_path: Path) -> None:
@@ -135,6 +134,29 @@ def test_parameters_that_the_notebook_does_not_have_are_refused(tmp_path: Path) 
     with pytest.raises(InvalidInput, match="is not a notebook"):
         batch.plan(tmp_path / "text.ipynb", tmp_path / "out", [{"lr": 1}])
     assert "is not like lr=0.1,0.01" in dynkit(tmp_path, "batch", str(path), "--grid", "lr", "-o", "out").stderr
+
+
+def test_an_executed_notebook_never_overwrites_its_source(tmp_path: Path) -> None:
+    path = notebook(tmp_path / "a.ipynb", "1")
+    done = dynkit(tmp_path, "batch", "a.ipynb", "-o", ".")
+    assert (done.returncode, "would overwrite 'a.ipynb'" in done.stderr) == (2, True)
+    assert nbformat.read(path, as_version=4).cells[0].get("execution_count") is None
+
+
+def test_values_of_parameters_are_yaml(tmp_path: Path) -> None:
+    path = notebook(tmp_path / "a.ipynb", "assert (lr, when, xs) == (0.001, '2013-01-01', [1, 2]), (lr, when, xs)",
+                    parameters="lr = 1\nwhen = ''\nxs = None")  # fmt: skip
+    done = dynkit(
+        tmp_path, "batch", str(path), "--grid", "lr=1e-3", "-p", "when", "2013-01-01", "-p", "xs", "[1, 2]", "-o", "out"
+    )
+    assert done.returncode == 0, done.stderr
+    assert pl.read_csv(tmp_path / "out/results.csv")["xs"].to_list() == ["[1, 2]"]
+
+
+def test_looking_makes_no_workspace(tmp_path: Path) -> None:
+    done = dynkit(tmp_path, "runs", "-w", "typo")
+    assert (done.returncode, done.stderr.startswith("NotFound: no workspace at")) == (2, True)
+    assert not (tmp_path / "typo").exists()
 
 
 def test_jobs_of_different_parameters_have_different_names(tmp_path: Path) -> None:

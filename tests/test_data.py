@@ -97,6 +97,9 @@ def bad(**changes: object) -> pl.DataFrame:
         (bad(a=pl.lit(1e300)), {}, "too large for float32"),
         (bad(key=pl.lit(1)), {"features": ["a"]}, "'key' is the name of a column that dynkit adds"),
         (bad(deep=pl.concat_list("a", "b")), {"features": ["a"]}, "column 'deep' is List"),
+        (bad(none=None), {"features": ["a"]}, "column 'none' is Null"),
+        (bad(price=pl.lit("1.5").str.to_decimal(scale=2)), {"features": ["a"]}, "column 'price' is Decimal"),
+        ({"when": [START], "x": np.zeros((1, 2), dtype=np.longdouble), "late": [1]}, {}, "fields hold booleans"),
         (bad(), {"timestamp": "wen"}, "no column 'wen' in the data; did you mean 'when'"),
         (bad(), {"label": "lat"}, "no column 'lat' in the data; did you mean 'late'"),
         (bad(), {"features": ["a", "a"]}, "must be a list of different column names"),
@@ -151,8 +154,26 @@ def test_versions_stay_readable_and_read_only(dataset: dk.Dataset) -> None:
     assert dataset.read([3000])["x"][0].tolist() == pytest.approx(later.row(0)[1:4])
     with pytest.raises(Conflict, match="version 1 of 'stream' is fixed"):
         dataset.at(1).append(later)
-    with pytest.raises(NotFound, match="has no version 9; it has 1 to 2"):
-        dataset.at(9)
+    for number in (0, 9):
+        with pytest.raises(NotFound, match=f"has no version {number}; it has 1 to 2"):
+            dataset.at(number)
+
+
+def test_columns_may_come_in_another_order(ws: dk.Workspace) -> None:
+    frame = make_frame(30).with_columns(place=pl.lit("EWR"), gate=pl.lit(3))
+    dataset = ws.ingest("s", frame, timestamp="when", label="late", features=["b", "a"])
+    dataset.append(frame.select(*reversed(frame.columns)))
+    assert dataset.table().columns == ["key", "timestamp", "label", "c", "place", "gate"]
+    x = dataset.read(range(60))["x"]
+    assert x[30:].equal(x[:30])
+
+
+@pytest.mark.parametrize(
+    "dtype", [pl.UInt8, pl.UInt16, pl.UInt32, pl.UInt64, pl.Int8, pl.Int128, pl.Boolean, pl.Float32]
+)
+def test_labels_of_every_number_type_are_read(ws: dk.Workspace, dtype: pl.DataType) -> None:
+    dataset = ws.ingest("s", make_frame(20).with_columns(pl.col("late").cast(dtype)), timestamp="when", label="late")
+    assert dataset.read([5, 3])["label"].tolist() == make_frame(20)["late"][[5, 3]].to_list()
 
 
 @pytest.mark.parametrize(

@@ -204,6 +204,8 @@ def test_help_is_printed(kernel: Kernel) -> None:
     assert "--force" in kernel.text("%%pipeline -h\n ")
     assert "compare" in kernel.text("%dynkit -h")
     assert "Error" not in kernel.text("%%pipeline --help\n ")
+    assert "--force" in kernel.text("%pipeline -h")
+    assert "needs a cell" in kernel.text("%pipeline name")
 
 
 def test_line_magics_steer_runs(kernel: Kernel) -> None:

@@ -2,9 +2,11 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from itertools import pairwise
@@ -23,7 +25,7 @@ from torch import nn
 import dynkit as dk
 from dynkit import testing
 from dynkit.catalog import runs
-from dynkit.errors import Conflict, InvalidInput, NotFound, PolicyError, TrainingError, WaitTimeout
+from dynkit.errors import Conflict, InvalidInput, NotFound, PolicyError, StorageError, TrainingError, WaitTimeout
 from dynkit.pipeline.owner import Owner
 from dynkit.pipeline.payload import load
 from dynkit.pipeline.replay import replay
@@ -211,9 +213,56 @@ def test_left_after_any_event_a_run_continues_to_the_same_result(dataset: dk.Dat
     assert run.status == "interrupted"
     with dataset.catalog.write() as connection:  # as `resume` does, but here instead of in a new process
         connection.execute(sa.update(runs).where(runs.c.id == run.id).values(status="running"))
-    list(replay(load(run.folder), Owner(dataset.catalog, run.id)))
+    list(replay(lambda owner: load(owner.folder, owner.dataset), Owner(dataset.catalog, run.id)))
     assert same(run, undisturbed)
     assert [run.selection(i).equals(undisturbed.selection(i)) for i in range(6)] == [True] * 6
+
+
+def test_leaving_the_iteration_at_the_last_event_leaves_a_finished_run(ws: dk.Workspace, dataset: dk.Dataset) -> None:
+    for event in make_pipeline(dataset).replay():
+        if event.kind == "finished":
+            break
+    assert ws.run(event.run).status == "finished"
+
+
+def test_a_run_goes_on_in_a_workspace_that_was_moved(ws: dk.Workspace, dataset: dk.Dataset, tmp_path: Path) -> None:
+    stream = make_pipeline(dataset).replay()
+    for _ in range(5):
+        event = next(stream)
+    stream.close()
+    undisturbed = replayed(make_pipeline(dataset))
+    expected = undisturbed.matrix()
+    ws.path.rename(tmp_path / "moved")
+    run = dk.Workspace(tmp_path / "moved").run(event.run)
+    assert run.resume().wait(60) == "finished", run.error
+    assert run.matrix().equals(expected)
+    assert not ws.path.exists()
+
+
+def test_a_run_that_cannot_be_started_says_so_and_is_not_left_running(ws: dk.Workspace, dataset: dk.Dataset) -> None:
+    stream = make_pipeline(dataset).replay()
+    event = next(stream)
+    stream.close()
+    run = ws.run(event.run)
+    shutil.rmtree(run.folder)
+    with pytest.raises(StorageError, match="cannot be started"):
+        run.resume()
+    assert run.status == "failed"
+    (ws.path / "runs").rename(ws.path / "elsewhere")
+    (ws.path / "runs").write_text("a file where the folder should be")
+    with pytest.raises(StorageError, match="cannot write the run's folder"):
+        make_pipeline(dataset).start()
+    assert len(ws.runs()) == 1
+
+
+def test_cancelled_inline_the_iteration_ends(ws: dk.Workspace, dataset: dk.Dataset) -> None:
+    stream = make_pipeline(dataset, model=lambda: Slowly(0.02)).replay()
+    event = next(stream)
+    asker = threading.Timer(0.5, lambda: ws.run(event.run).cancel())
+    asker.start()
+    *_, last = stream
+    asker.join()
+    assert ws.run(last.run).status == "cancelled"
 
 
 def test_policies_of_a_pipeline_are_not_changed_by_its_runs(dataset: dk.Dataset) -> None:
@@ -345,6 +394,8 @@ def test_a_model_that_fails_fails_its_run_with_its_own_error(
     if model is raising:
         assert 'raise ZeroDivisionError("no model today")' in str(run.error)
     assert run.events()[-1].kind == "failed"
+    assert run.reason is not None
+    assert error in run.reason
     assert "failed" in run._repr_html_()
     assert replayed(make_pipeline(dataset)).status == "finished"  # the workspace stays usable
     assert len(ws.runs()) == 2
@@ -370,6 +421,7 @@ def test_inline_a_failure_is_raised_and_recorded(ws: dk.Workspace, dataset: dk.D
         ({"selection": lambda pool, run, rng: pool.select("label")}, PolicyError, "without a column key"),
         ({"selection": lambda pool, run, rng: pool.select("key", weight=-1.0)}, PolicyError, "negative, null or not finite"),
         ({"evaluation": dk.Evaluation(windows=lambda run: [1])}, PolicyError, "windows must return"),
+        ({"evaluation": dk.Evaluation(windows=lambda run: [dk.Window(0, 9), dk.Window(0, 9, 3)])}, PolicyError, "two windows of the same"),
         ({"training": dk.Training(fit=lambda model, batches, context: model[0].weight.data.fill_(float("inf")))}, TrainingError, r"0\.weight of the model are not finite"),
     ],
 )  # fmt: skip

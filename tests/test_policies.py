@@ -1,6 +1,9 @@
 """Triggers and selections: the public checks, and what they mean by brute force."""
 
 import datetime as dt
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -140,9 +143,6 @@ def test_digest_is_the_same_for_the_same_source_and_changes_with_what_matters() 
 
 
 def test_digest_is_the_same_in_another_process() -> None:
-    import subprocess
-    import sys
-
     code = (
         "from dynkit.policies import digest; from torch import nn; import dynkit as dk\n"
         "def make(): return nn.Linear(3, len({'a', 'b', 'c'}))\n"
@@ -150,6 +150,25 @@ def test_digest_is_the_same_in_another_process() -> None:
     )
     found = {subprocess.check_output([sys.executable, "-c", code], text=True) for _ in range(2)}
     assert len(found) == 1
+
+
+def test_digest_follows_a_users_module_and_the_state_of_objects(tmp_path: Path) -> None:
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import torch, helpers\nfrom dynkit.policies import digest\n"
+        "class Policy:\n    def __init__(self): self.n = {3: 4}\n    def __call__(self, new, run): return False\n"
+        "def net(): return helpers.make()\n"
+        "torch.manual_seed(0); module = torch.nn.Linear(2, 2).bfloat16()\n"
+        "print(digest(net), digest(Policy()), digest(module), digest(torch.nn.ReLU))"
+    )
+
+    def found() -> list[str]:
+        return subprocess.check_output([sys.executable, "-c", code], text=True).split()
+
+    (tmp_path / "helpers.py").write_text("def make(): return 1\n")
+    first = found()
+    assert found() == first
+    (tmp_path / "helpers.py").write_text("def make(): return 2\n")
+    assert [a == b for a, b in zip(first, found(), strict=True)] == [False, True, True, True]
 
 
 def test_describe_gives_names_and_parameters() -> None:

@@ -9,7 +9,7 @@ from conftest import make_model
 import dynkit as dk
 from dynkit.errors import SpecError
 from dynkit.pipeline import build, schema
-from dynkit.pipeline.yaml import parse
+from dynkit.yaml import parse
 
 GOOD = """\
 dataset: stream

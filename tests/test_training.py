@@ -140,6 +140,24 @@ def test_weights_weigh_the_loss(dataset: dk.Dataset) -> None:
         torch.testing.assert_close(a, b - 0.1 * b.grad)
 
 
+def test_mixed_precision_keeps_the_labels_precision(dataset: dk.Dataset) -> None:
+    outputs = torch.full((2,), 1000.0, dtype=torch.bfloat16)
+    context = FitContext(Training(loss="mse"), CPU)
+    assert float(context.loss(outputs, {"x": outputs, "label": torch.tensor([1001.0, 1002.0])})) == 2.5
+
+
+def test_a_batch_without_weight_is_no_failure() -> None:
+    context = FitContext(Training(loss="mse"), CPU)
+    zero = context.loss(torch.ones(2), {"x": torch.ones(2), "label": torch.zeros(2), "weight": torch.zeros(2)})
+    assert float(zero) == 0
+
+
+def test_reports_take_tensors_and_numpy_numbers() -> None:
+    context = FitContext(Training(), CPU)
+    context.report(a=torch.tensor(1.5), b=np.float32(2))
+    assert context.history == [{"a": 1.5, "b": 2.0}]
+
+
 def test_early_stopping_keeps_the_best(dataset: dk.Dataset) -> None:
     settings = Training(epochs=50, batch_size=50, lr=0.3, validation=0.2, patience=2)
     model, context = trained(dataset, settings)
@@ -206,6 +224,8 @@ def test_labels_beyond_the_outputs_are_told(ws: dk.Workspace) -> None:
     ("changes", "message"),
     [
         ({"epochs": 0}, "epochs=0"),
+        ({"seed": -1}, "seed=-1"),
+        ({"weight_decay": "x"}, "weight_decay='x'"),
         ({"batch_size": 2.0}, "batch_size=2.0"),
         ({"lr": 0}, "lr=0"),
         ({"lr": float("inf")}, "lr=inf"),

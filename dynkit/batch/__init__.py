@@ -86,8 +86,10 @@ def plan(notebook: Path, folder: Path, parameter_sets: Sequence[Mapping[str, Any
         if name not in declared:
             advice = did_you_mean(name, declared) or "; it has no cell tagged 'parameters'"
             raise InvalidInput(f"notebook {notebook.name!r} has no parameter {name!r}{advice}")
-    folder.mkdir(parents=True, exist_ok=True)
-    return [Job(notebook, folder / f"{_stem(notebook, chosen)}.ipynb", dict(chosen)) for chosen in parameter_sets]
+    jobs = [Job(notebook, folder / f"{_stem(notebook, chosen)}.ipynb", dict(chosen)) for chosen in parameter_sets]
+    if any(job.output.resolve() == notebook.resolve() for job in jobs):
+        raise InvalidInput(f"the executed notebook would overwrite {str(notebook)!r}; choose another folder")
+    return jobs
 
 
 def _declared(notebook: Path) -> list[str]:
@@ -131,6 +133,8 @@ def execute(job: Job, *, timeout_s: float | None = None, html: bool = False) -> 
         "timeout_s": timeout_s,
         "html": html,
     }
+    digest = job.digest()  # of what is executed, not of what it may be edited to meanwhile
+    job.output.parent.mkdir(parents=True, exist_ok=True)
     job.record_path.unlink(missing_ok=True)
     command = [sys.executable, "-m", "dynkit.batch.execute", json.dumps(request), str(job.record_path)]
     process = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
@@ -145,7 +149,7 @@ def execute(job: Job, *, timeout_s: float | None = None, html: bool = False) -> 
             "seconds": None,
             "runs": [],
         }
-    record |= {"digest": job.digest(), "parameters": job.parameters, "notebook": str(job.output)}
+    record |= {"digest": digest, "parameters": job.parameters, "notebook": str(job.output)}
     job.record_path.write_text(json.dumps(record, indent=1))
     return record
 
@@ -157,7 +161,7 @@ def results(records: Sequence[Mapping[str, Any]]) -> pl.DataFrame:
         scores = {f"{run['name']}.{metric}": value for run in record["runs"] for metric, value in run["scores"].items()}
         rows.append(
             {
-                **record["parameters"],
+                **{name: _plain(value) for name, value in record["parameters"].items()},
                 "status": record["status"],
                 "seconds": record["seconds"],
                 **scores,
@@ -169,3 +173,8 @@ def results(records: Sequence[Mapping[str, Any]]) -> pl.DataFrame:
     tail = [name for name in ("notebook", "error") if name in names]
     order = [*(name for name in names if name not in tail), *tail]
     return pl.DataFrame([{name: row.get(name) for name in order} for row in rows], infer_schema_length=None)
+
+
+def _plain(value: Any) -> Any:
+    """Value of a table's cell: lists and mappings as JSON."""
+    return json.dumps(value) if isinstance(value, list | dict) else value

@@ -34,6 +34,7 @@ def main() -> None:
     log = record_path.with_suffix(".runs")
     log.unlink(missing_ok=True)
     os.environ["DYNKIT_RENDER"] = "static"
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as for workers: the kernel shares the cores with them
     os.environ["DYNKIT_STARTED"] = str(log)
     began_s = time.monotonic()
     error, trace = _executed(request)
@@ -86,10 +87,10 @@ def _described(run: Run) -> dict[str, Any]:
     status, scores = run.status, {}
     problem = None
     if status in ACTIVE:
-        problem = f"run {run.id} ({run.name}) was still {status} when the notebook ended; add run.wait()"
+        problem = f"run {run.id} ({run.name}) was still {status} at the end and was cancelled; add run.wait()"
+        run.cancel()
     elif status != "finished":
-        last_line = (run.error or "").strip().splitlines()[-1:] or [""]
-        problem = f"run {run.id} ({run.name}) {status}: {last_line[0]}"
+        problem = f"run {run.id} ({run.name}) {status}: {run.reason or ''}"
     for row in run.scores().iter_rows(named=True):
         scores[row["metric"]] = row["mean"]
     workspace = str(run.folder.parents[1])

@@ -5,12 +5,13 @@ leaves only files that nothing refers to; of two writers that reach the same num
 segment on the new head instead. Nothing is ever changed in place.
 """
 
+import dataclasses
 import json
 import os
 import re
 import secrets
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -22,6 +23,7 @@ from dynkit.catalog import Catalog, datasets
 from dynkit.data.ingest import Prepared, prepare
 from dynkit.data.segments import write_fields
 from dynkit.data.version import Version
+from dynkit.disk import flush, flush_tree
 from dynkit.errors import Conflict, InvalidInput, NotFound, StorageError, did_you_mean
 from dynkit.time import Instant, IntArray, to_ns
 
@@ -70,7 +72,7 @@ class Dataset:
         self._folder = catalog.root / "datasets" / name
         self._pinned = version
         self._opened: Version | None = None
-        self._open()
+        self.open()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Dataset, (self.catalog, self.name, self._pinned)
@@ -79,13 +81,13 @@ class Dataset:
         return self.name, self.version
 
     def __repr__(self) -> str:
-        opened = self._open()
+        opened = self.open()
         return (
             f"Dataset({self.name!r}, version={opened.number}, samples={opened.rows}, fields={opened.schema['fields']})"
         )
 
     def __len__(self) -> int:
-        return self._open().rows
+        return self.open().rows
 
     @classmethod
     def names(cls, catalog: Catalog) -> list[str]:
@@ -115,7 +117,7 @@ class Dataset:
                 connection.execute(sa.insert(datasets).prefix_with("OR IGNORE"), row)
             _commit(folder, prepared, content, create=True)
         dataset = cls(catalog, name)
-        if dataset.at(1)._open().manifest["segments"][0]["content"] != content:
+        if dataset.at(1).open().manifest["segments"][0]["content"] != content:
             raise Conflict(
                 f"dataset {name!r} exists with other samples ({len(dataset)} in version {dataset.version}); "
                 f"add to it with ws.dataset({name!r}).append(...), or choose another name"
@@ -125,12 +127,12 @@ class Dataset:
     @property
     def version(self) -> int:
         """Number of the version that reads see."""
-        return self._pinned or _head(self._folder)
+        return _head(self._folder) if self._pinned is None else self._pinned
 
     @property
     def schema(self) -> dict[str, Any]:
         """Source columns and fields: timestamp, label, features, columns, fields."""
-        return self._open().schema
+        return self.open().schema
 
     def at(self, version: int) -> "Dataset":
         """Return the dataset as it was in `version`, read-only.
@@ -167,6 +169,8 @@ class Dataset:
         label = schema["label"]["name"] if schema["label"] else None
         prepared = prepare(data, schema["timestamp"], label, schema["features"] or None)
         _check_schema(self.name, schema, prepared)
+        order = ["timestamp", *(["label"] if label is not None else []), *schema["columns"]]
+        prepared = dataclasses.replace(prepared, index=prepared.index.select(order), schema=schema)
         return _commit(self._folder, prepared, prepared.content_hash(), create=False)
 
     def table(self, start: Instant | None = None, end: Instant | None = None) -> pl.DataFrame:
@@ -177,7 +181,7 @@ class Dataset:
         start, end : datetime, date or str, optional
             Naive ones mean UTC.
         """
-        table = self._open().table
+        table = self.open().table
         low = 0 if start is None else _position(table, to_ns(start))
         high = table.height if end is None else _position(table, to_ns(end))
         return table.slice(low, max(high - low, 0))
@@ -199,13 +203,10 @@ class Dataset:
         NotFound
             When a key is not in this version.
         """
-        return self._open().gather(as_keys(keys))
+        return self.open().gather(as_keys(keys))
 
     def open(self) -> Version:
         """Open the version that reads see now, to read it many times."""
-        return self._open()
-
-    def _open(self) -> Version:
         number = self.version
         if self._opened is None or self._opened.number != number:
             self._opened = _load(self._folder, self.name, number)
@@ -281,7 +282,8 @@ def _commit(folder: Path, prepared: Prepared, content: str, *, create: bool) -> 
             index = folder / "segments" / f"{segment}.arrow"
             prepared.index.select(keys, pl.all()).write_ipc(index, compression="uncompressed")
             entry = {"id": segment, "rows": rows, "first_key": first_key, "content": content}
-            _sync(index, folder / "segments" / f"{segment}.zarr")
+            flush_tree(folder / "segments" / f"{segment}.zarr")
+            flush(index, index.parent)
             if _publish(
                 _manifest_path(folder, parent + 1),
                 {
@@ -308,24 +310,12 @@ def _publish(path: Path, manifest: dict[str, Any]) -> bool:
     """Create the manifest if no other writer did; a reader sees all of it or nothing."""
     draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     draft.write_text(json.dumps(manifest, indent=1))
-    _sync(draft)
+    flush(draft)
     try:
         os.link(draft, path)  # fails when the path exists, in one step
     except FileExistsError:
         return False
     finally:
         draft.unlink()
-    _sync(path.parent)
+    flush(path.parent)
     return True
-
-
-def _sync(*paths: Path) -> None:
-    """Flush files, and folders with all below them, to the disk."""
-    for path in paths:
-        entries: Iterable[Path] = [path, *path.rglob("*")] if path.is_dir() else [path]
-        for entry in entries:
-            descriptor = os.open(entry, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)

@@ -1,7 +1,7 @@
 """Turn what a user has (a frame, a dictionary of arrays) into an index table and field arrays, or say why not.
 
-Nothing is dropped or guessed: rows are sorted by time, and whatever cannot be stored exactly is refused with the
-column's name, the number of rows and the line to type. This module knows no files.
+Nothing is dropped or guessed: rows are sorted by time, features are rounded to float32, and what cannot be stored is
+refused with the column's name, the number of rows and the line to type. This module knows no files.
 """
 
 from collections.abc import Mapping, Sequence
@@ -150,12 +150,14 @@ def _as_frame(data: Any) -> tuple[pl.DataFrame, dict[str, np.ndarray[Any, Any]]]
 def _as_array(name: str, value: Any) -> np.ndarray[Any, Any] | pl.Series:
     if isinstance(value, pl.Series):
         return value
+    if isinstance(value, list | tuple) and value and not hasattr(value[0], "__len__"):
+        return pl.Series(name, value)  # of datetimes, say
     array = np.asarray(value.detach().cpu() if hasattr(value, "detach") else value)
     if array.ndim == 0:
         raise InvalidInput(f"{name!r} is a single value, not one per sample")
     if array.ndim > 1 and array.dtype == object:
         raise InvalidInput(f"array {name!r} holds Python objects; every sample needs the same shape and a number type")
-    if array.ndim > 1 and array.dtype.kind not in "biuf":
+    if array.ndim > 1 and (array.dtype.kind not in "biuf" or array.dtype.itemsize > 8):
         raise InvalidInput(f"array {name!r} has dtype {array.dtype}; fields hold booleans, integers or floats")
     if array.dtype.kind == "M" and np.datetime_data(array.dtype)[0] not in ("D", "ms", "us", "ns"):
         array = array.astype("datetime64[us]")  # Polars has no hours or minutes
@@ -190,12 +192,17 @@ def _labels(series: pl.Series) -> pl.Series:
     if series.dtype.is_float() and series.is_nan().any():
         n = int(series.is_nan().sum())
         raise InvalidInput(f"label column {series.name!r} has {n} NaN values; fill them or drop those rows")
+    if series.dtype.is_integer():
+        try:
+            series = series.cast(pl.Int64)
+        except pl.exceptions.InvalidOperationError:
+            raise InvalidInput(f"label column {series.name!r} has values beyond 64 bits; encode them first") from None
     return series.alias("label")
 
 
 def _scalar(series: pl.Series) -> pl.Series:
-    if series.dtype.is_nested() or series.dtype == pl.Object:
-        raise InvalidInput(f"column {series.name!r} is {series.dtype}; pass it as an array, or drop it")
+    if series.dtype.is_nested() or series.dtype.is_decimal() or series.dtype in (pl.Object, pl.Null, pl.Int128):
+        raise InvalidInput(f"column {series.name!r} is {series.dtype}, which is not stored; convert or drop it")
     if series.dtype in (pl.Categorical, pl.Enum):
         return series.cast(pl.String)
     return series

@@ -62,14 +62,12 @@ def shared(curves: Sequence[pl.DataFrame]) -> list[pl.DataFrame]:
     """Cut curves to the windows that every one of them answers.
 
     A window counts when its centre is at or after the latest first centre of any curve: pipelines differ in when
-    their first model exists, and may have windows of their own.
+    their first model exists, and may have windows of their own. A curve without any window stays empty.
     """
     centre = (pl.col("window_start").dt.epoch("ns") + pl.col("window_end").dt.epoch("ns")) // 2
     known = [curve.filter(pl.col("value").is_not_null()) for curve in curves]
     firsts = [curve.select(centre.min()).item() for curve in known if curve.height]
-    if len(firsts) < len(curves):
-        return [curve.clear() for curve in known]
-    return [curve.filter(centre >= max(firsts)) for curve in known]
+    return [curve.filter(centre >= max(firsts)) if curve.height else curve for curve in known]
 
 
 def mean_scores(curve: pl.DataFrame) -> pl.DataFrame:

@@ -118,11 +118,11 @@ def compare(runs: Iterable[Run], *, kind: CompositeKind = "active") -> Compariso
     labels = [name if names.count(name) == 1 else f"{name} ({run.id})" for name, run in zip(names, runs, strict=True)]
     curves = [run.composite(kind) for run in runs]
     frames = []
+    metrics = pl.concat([curve["metric"] for curve in curves]).unique(maintain_order=True)
     for run, label, curve in zip(runs, labels, shared(curves), strict=True):
         models = run.models()
         scores = mean_scores(curve)
         if not scores.height:
-            metrics = run.matrix()["metric"].unique(maintain_order=True)
             scores = pl.DataFrame({"metric": metrics}).with_columns(
                 mean=pl.lit(None, pl.Float64),
                 time_weighted=pl.lit(None, pl.Float64),

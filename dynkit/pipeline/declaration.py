@@ -8,7 +8,7 @@ from dynkit.catalog import Catalog
 from dynkit.data import Dataset, check_name
 from dynkit.errors import InvalidInput
 from dynkit.evaluation.settings import Evaluation
-from dynkit.pipeline.owner import Owner, new_run
+from dynkit.pipeline.owner import Owner, new_id, new_run
 from dynkit.pipeline.payload import pack
 from dynkit.pipeline.run import Run
 from dynkit.pipeline.started import note
@@ -87,7 +87,7 @@ class Pipeline:
         from dynkit.pipeline.replay import replay
 
         pipeline, run = self._register()
-        yield from replay(pipeline, Owner(self.dataset.catalog, run))
+        yield from replay(lambda _: pipeline, Owner(self.dataset.catalog, run))
 
     def start(self) -> Run:
         """Run in a process of its own that owns the device; return the handle at once."""
@@ -107,15 +107,16 @@ class Pipeline:
         """Make the run in the catalog; return the pipeline at the dataset's present version, and the run's id."""
         pipeline = dataclasses.replace(self, dataset=self.dataset.at(self.dataset.version))
         catalog = self.dataset.catalog
-        payload = pack(pipeline)  # before there is a row: what cannot travel is refused here
-        run = new_run(
+        run = new_id()
+        pack(pipeline).write(catalog.root / "runs" / run)  # before there is a row: what cannot travel is refused here
+        new_run(
             catalog,
+            run,
             name=self.name,
             digest=pipeline.digest(),
             dataset=self.dataset.name,
-            version=self.dataset.version,
+            version=pipeline.dataset.version,
             description=self.describe(),
         )
-        payload.write(catalog.root / "runs" / run)
         note(Run(catalog, run))
         return pipeline, run

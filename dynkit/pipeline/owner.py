@@ -20,6 +20,8 @@ import sqlalchemy as sa
 
 from dynkit import catalog as tables
 from dynkit.catalog import Catalog
+from dynkit.data import Dataset
+from dynkit.disk import flush
 from dynkit.errors import Conflict, DynkitError
 from dynkit.models import ModelStore
 from dynkit.pipeline.process import identity
@@ -28,7 +30,7 @@ from dynkit.types import Event, Trained, Window
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Cancelled", "Owner", "insert_event", "new_run", "trained_of"]
+__all__ = ["Cancelled", "Owner", "insert_event", "new_id", "new_run", "trained_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -39,11 +41,15 @@ class Cancelled(BaseException):
     """Ends the loop on request; no Exception, so that a user's ``except Exception`` cannot swallow it."""
 
 
+def new_id() -> str:
+    """Make an id for a run."""
+    return secrets.token_hex(4)
+
+
 def new_run(
-    catalog: Catalog, *, name: str, digest: str, dataset: str, version: int, description: dict[str, Any]
-) -> str:
-    """Make the row of a new run owned by this process and return its id."""
-    run = secrets.token_hex(4)
+    catalog: Catalog, run: str, *, name: str, digest: str, dataset: str, version: int, description: dict[str, Any]
+) -> None:
+    """Make the row of a new run owned by this process."""
     now_ns = time.time_ns()
     row = {
         "id": run,
@@ -60,7 +66,6 @@ def new_run(
     }
     with catalog.write() as connection:
         connection.execute(sa.insert(tables.runs), row)
-    return run
 
 
 def insert_event(connection: sa.Connection, run: str, kind: str, data: dict[str, Any]) -> Event:
@@ -85,7 +90,7 @@ class Owner:
     """Ownership of a run by this process, for the length of a ``with`` block.
 
     The block's end is the run's: nothing more to say when `finish` was called, else the exception decides between
-    cancelled, interrupted and failed.
+    cancelled, interrupted and failed. A cancellation is no error for the caller.
 
     Parameters
     ----------
@@ -102,6 +107,7 @@ class Owner:
         self.progress: dict[str, Any] = {"phase": "starting", "fraction": 0.0}
         self._started_s = time.monotonic()
         self._paused_s = 0.0
+        self._first_fraction: float | None = None
         self._request: str | None = None
         self._ended = threading.Event()
         self._woken = threading.Event()
@@ -118,24 +124,28 @@ class Owner:
             starts = sa.select(triggers.c.block_start).where(triggers.c.run == self.run).order_by(triggers.c.index)
             self.block_starts = list(connection.scalars(starts))
             self.state: bytes | None = row.state
+            self.dataset = Dataset(self.catalog, row.dataset, row.dataset_version)
         self._pulse.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    ) -> bool:
+        finished = self._ended.is_set()
         self._ended.set()
         self._pulse.join()
-        if error is None:
-            return
+        if error is None or finished:
+            return False
         text = "".join(traceback.format_exception(kind, error, trace))
         if isinstance(error, Cancelled):
             self._end("cancelled", None, {})
-        elif isinstance(error, KeyboardInterrupt | GeneratorExit):
+            return True
+        if isinstance(error, KeyboardInterrupt | GeneratorExit):
             self._end("interrupted", None, {})
         else:
             summary = str(error) if isinstance(error, DynkitError) else f"{type(error).__name__}: {error}"
-            self._end("failed", text, {"error": summary, "traceback": text})
+            self._end("failed", text, {"error": summary})
+        return False
 
     def _end(self, status: str, error: str | None, data: dict[str, Any]) -> Event:
         with self.catalog.write() as connection:
@@ -243,6 +253,7 @@ class Owner:
         path = self.folder / "selections" / f"{index:06d}.arrow"
         path.parent.mkdir(exist_ok=True)
         selection.write_ipc(path, compression="zstd")
+        flush(path, path.parent)
 
     def check(self) -> None:
         """Obey a pending request: wait while paused, raise `Cancelled` to end. Called between two batches."""
@@ -276,14 +287,17 @@ class Owner:
                     query = sa.select(tables.runs.c.request).where(tables.runs.c.id == self.run)
                     self._request = connection.scalar(query)
                     self._woken.set()
-            except DynkitError:  # a full disk must not end the training; the next beat may succeed
+            except Exception:  # a full disk must not end the training; the next beat may succeed
                 logger.exception("heartbeat of run %s failed", self.run)
 
     def _timed(self) -> dict[str, Any]:
         """Progress with elapsed and remaining seconds."""
         elapsed_s = time.monotonic() - self._started_s - self._paused_s
         fraction = self.progress["fraction"]
-        eta_s = elapsed_s * (1 - fraction) / fraction if fraction > 0.01 else None
+        if self._first_fraction is None and fraction > 0:
+            self._first_fraction = fraction  # a continued run begins in the middle
+        done = fraction - (self._first_fraction or 0)
+        eta_s = elapsed_s * (1 - fraction) / done if done > 0.01 else None
         return {**self.progress, "elapsed_s": elapsed_s, "eta_s": eta_s}
 
     def _update(self, connection: sa.Connection, **values: Any) -> None:

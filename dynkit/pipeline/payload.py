@@ -1,10 +1,12 @@
 """How a pipeline travels to the process that executes it.
 
-By cloudpickle: functions of a notebook, and of scripts that are not installed packages, go by value, so that a run
-can continue after the notebook is gone or the script has changed. `load` is the only place where user code is loaded,
-and only for a run that somebody starts or resumes.
+Its dataset goes by name, so that a workspace can be moved; the rest by cloudpickle. Functions of a notebook, and of
+scripts that are not installed packages, go by value, so that a run can continue after the notebook is gone or the
+script has changed. `load` is the only place where user code is loaded, and only for a run that somebody starts or
+resumes.
 """
 
+import dataclasses
 import json
 import linecache
 import os
@@ -17,7 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 import cloudpickle
 
-from dynkit.errors import InvalidInput
+from dynkit.data import Dataset
+from dynkit.disk import flush
+from dynkit.errors import InvalidInput, StorageError
 from dynkit.policies import is_user_code
 
 if TYPE_CHECKING:
@@ -37,10 +41,19 @@ class Payload:
     environment: dict[str, Any]
 
     def write(self, folder: Path) -> None:
-        """Write both files into a new folder."""
-        folder.mkdir(parents=True)
-        (folder / _ENVIRONMENT).write_text(json.dumps(self.environment))
-        (folder / _PIPELINE).write_bytes(self.pipeline)
+        """Write both files into a new folder.
+
+        Raises
+        ------
+        StorageError
+        """
+        try:
+            folder.mkdir(parents=True)
+            (folder / _ENVIRONMENT).write_text(json.dumps(self.environment))
+            (folder / _PIPELINE).write_bytes(self.pipeline)
+            flush(folder / _ENVIRONMENT, folder / _PIPELINE, folder, folder.parent)
+        except OSError as error:
+            raise StorageError(f"cannot write the run's folder {folder}: {error.strerror or error}") from error
 
 
 def pack(pipeline: "Pipeline") -> Payload:
@@ -51,12 +64,14 @@ def pack(pipeline: "Pipeline") -> Payload:
     InvalidInput
         When something in it (an open file, a lock, a generator) cannot be pickled.
     """
+    names = [field.name for field in dataclasses.fields(pipeline) if field.name != "dataset"]
+    parts = {name: getattr(pipeline, name) for name in names}
     try:
         try:
             with _by_value():
-                pickled = cloudpickle.dumps(pipeline)
+                pickled = cloudpickle.dumps(parts)
         except Exception:  # a module of the user's holds something that cannot be pickled: import it there instead
-            pickled = cloudpickle.dumps(pipeline)
+            pickled = cloudpickle.dumps(parts)
     except Exception as error:
         raise InvalidInput(f"the pipeline {pipeline.name!r} cannot travel to a worker process: {error}") from error
     torch = sys.modules.get("torch")
@@ -93,8 +108,10 @@ def _sources() -> dict[str, str]:
     return {name: "".join(entry[2]) for name, entry in cached.items() if not Path(name).exists()}
 
 
-def load(folder: Path) -> "Pipeline":
+def load(folder: Path, dataset: Dataset) -> "Pipeline":
     """Set this process up as the pipeline's code expects it, and unpickle the pipeline."""
+    from dynkit.pipeline.declaration import Pipeline
+
     environment = json.loads((folder / _ENVIRONMENT).read_text())
     sys.path += [entry for entry in environment["sys_path"] if entry not in sys.path]
     if Path(environment["cwd"]).is_dir():
@@ -105,5 +122,4 @@ def load(folder: Path) -> "Pipeline":
         import torch
 
         torch.set_num_threads(environment["torch_threads"])
-    pipeline: Pipeline = cloudpickle.loads((folder / _PIPELINE).read_bytes())
-    return pipeline
+    return Pipeline(dataset=dataset, **cloudpickle.loads((folder / _PIPELINE).read_bytes()))

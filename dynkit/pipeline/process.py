@@ -9,6 +9,7 @@ import psutil
 __all__ = ["ACTIVE", "identity", "is_alive", "true_status"]
 
 ACTIVE = ("running", "paused")
+_FRESH_S = 3.0
 _SILENCE_S = 60.0  # without a heartbeat, an owner on another host counts as gone
 
 
@@ -20,11 +21,13 @@ def identity(pid: int | None = None) -> dict[str, Any]:
 
 def is_alive(row: Any) -> bool:
     """Whether the process of a row of `runs` exists."""
+    silent_s = (time.time_ns() - row.heartbeat_ns) / 1e9
     if row.host != socket.gethostname():
-        return bool(time.time_ns() - row.heartbeat_ns < _SILENCE_S * 1e9)
+        return bool(silent_s < _SILENCE_S)
     try:
         process = psutil.Process(row.pid)
-        same = abs(process.create_time() - row.process_started) < 1.0
+        # A correction of the clock moves start times, but not the heart of a process that is there.
+        same = abs(process.create_time() - row.process_started) < 1.0 or abs(silent_s) < _FRESH_S
         return same and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False

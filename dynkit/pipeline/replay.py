@@ -9,7 +9,7 @@ training and selection draws from a seed of its own (run seed, trigger index), s
 import copy
 import pickle
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import cloudpickle
@@ -37,13 +37,13 @@ BLOCK_ROWS = 1000  # samples that a trigger sees at a time
 _EVALUATION_SHARE = 0.1  # of the progress bar
 
 
-def replay(pipeline: "Pipeline", owner: Owner) -> Iterator[Event]:
+def replay(load: "Callable[[Owner], Pipeline]", owner: Owner) -> Iterator[Event]:
     """Execute a run, yielding each committed event.
 
     Parameters
     ----------
-    pipeline : Pipeline
-        With its dataset at the run's version.
+    load : callable
+        Gives the pipeline, its dataset at the run's version; a failure to load is the run's failure.
     owner : Owner
         Claim to the run.
 
@@ -54,7 +54,7 @@ def replay(pipeline: "Pipeline", owner: Owner) -> Iterator[Event]:
         per window and ``finished``.
     """
     with owner:
-        loop = _Loop(pipeline, owner)
+        loop = _Loop(load(owner), owner)
         yield owner.event(
             "resumed" if owner.committed else "started", samples=loop.table.height, device=str(loop.device)
         )
@@ -66,7 +66,7 @@ def replay(pipeline: "Pipeline", owner: Owner) -> Iterator[Event]:
             loop.view.move(position)
             for offset in _positions(trigger(new, loop.view), new.height):
                 seen = position + offset + 1
-                if seen > loop.view.position:  # without new samples there is nothing to train on
+                if seen > loop.view.last_position:  # without new samples there is nothing to train on
                     yield from loop.train(seen, position, snapshot)
                     loop.view.move(seen, since=-(offset + 1))
             position += new.height
@@ -121,7 +121,7 @@ class _Loop:
             self.view.trained += (known,)
             return
         last_ns = self.view.last_ns(seen)
-        yield self.owner.event("triggered", index=index, position=seen, new=seen - self.view.position)
+        yield self.owner.event("triggered", index=index, position=seen, new=seen - self.view.last_position)
         self.view.move(seen)
         started_s = time.perf_counter()
         keys, weights = self._select(index, seen)
@@ -208,15 +208,19 @@ class _Loop:
             validation = None if held_out is None else Batches(self.version, held_out, **options)
             context = FitContext(training, self.device, validation)
             (training.fit or fit)(model, batches, context)
-        state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-        bad = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
+        state = {
+            name: value.detach().cpu() if isinstance(value, torch.Tensor) else value
+            for name, value in model.state_dict().items()
+        }
+        # A buffer may hold infinities on purpose (an attention mask).
+        bad = [name for name, value in model.named_parameters() if not torch.isfinite(value).all()]
         if bad:
             raise TrainingError(f"after training, {', '.join(bad)} of the model are not finite (NaN or infinity)")
         return state, context.history, batches.passed
 
     def _in_training(self, index: int, seen: int, total: int) -> Any:
         """Make the function that the loader calls before each batch: obey requests, tell the progress."""
-        before, done = self.view.position, 0
+        before, done = self.view.last_position, 0
         base = {"phase": "training", "trigger": index, "samples": total}
         scale = (1 - _EVALUATION_SHARE) / self.table.height
 
@@ -243,7 +247,10 @@ class _Loop:
             raise PolicyError("windows must return dynkit Windows: Window(start_ns, end_ns)")
         models = dict.fromkeys(trained.model for trained in self.view.trained)
         done = self.owner.evaluated_windows()
-        left = sorted({window for window in windows if (window.start_ns, window.end_ns) not in done})
+        by_bounds = {(window.start_ns, window.end_ns): window for window in windows}
+        if len(by_bounds) < len(set(windows)):
+            raise PolicyError("windows returned two windows of the same bounds with different anchors")
+        left = [by_bounds[bounds] for bounds in sorted(by_bounds) if bounds not in done]
         if not models or not left:
             return
         with seeded(self.pipeline.seed):

@@ -31,9 +31,14 @@ from dynkit.types import Event, Trained
 __all__ = ["Run", "Runs"]
 
 _POLL_S = 0.1
+_REAPING_S = 1.0  # how long the process that started a worker may take to note its end
 _ACKNOWLEDGE_S = 15.0  # how long pause and cancel wait for the run to obey
+# A process that waits for its threads by spinning starves another on the same cores: two trainings of two threads on
+# two cores took a hundred times as long. After a few microseconds they sleep instead (read by GNU OpenMP).
+_SHARING = {"GOMP_SPINCOUNT": "10000"}
 _CRASHES = {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL}
 _LOG_TAIL_LINES = 30
+_COLUMNS = [column for column in tables.runs.c if column.name != "state"]  # that one may be large
 _CURVE = ["window_start", "window_end", "model", "metric", "value"]
 
 
@@ -66,7 +71,7 @@ class Run:
 
     def _row(self) -> Any:
         with self._catalog.read() as connection:
-            return connection.execute(sa.select(tables.runs).where(tables.runs.c.id == self.id)).one()
+            return connection.execute(sa.select(*_COLUMNS).where(tables.runs.c.id == self.id)).one()
 
     @property
     def name(self) -> str:
@@ -79,9 +84,13 @@ class Run:
 
         Interrupted means that its process is gone without having ended the run; `resume` continues it.
         """
-        status = true_status(self._row())
-        if status == "interrupted" and self._reaper is not None:
-            self._reaper.join(5)  # the one who saw the exit code may know better
+        row = self._row()
+        status = true_status(row)
+        if status == "interrupted" and row.status in ACTIVE:  # whoever started it may be writing how it ended
+            if self._reaper is not None:
+                self._reaper.join(_REAPING_S)
+            elif time.time_ns() - row.heartbeat_ns < _REAPING_S * 1e9:
+                time.sleep(_REAPING_S)
             status = true_status(self._row())
         return status
 
@@ -95,6 +104,15 @@ class Run:
         """Traceback or reason of a run that failed or was interrupted, else None."""
         error: str | None = self._row().error
         return error
+
+    @property
+    def reason(self) -> str | None:
+        """Why it failed or was interrupted, in one line; None otherwise."""
+        if self.status not in ("failed", "interrupted"):
+            return None
+        ends = [event for event in self.events() if event.kind in ("failed", "interrupted")]
+        told = [event.data["error"] for event in ends if event.data]
+        return told[-1] if told else f"its process is gone; ws.run({self.id!r}).resume() continues it"
 
     @property
     def progress(self) -> dict[str, Any]:
@@ -240,11 +258,14 @@ class Run:
         return status
 
     def pause(self) -> "Run":
-        """Let it stand still between two batches, keeping its device; `resume` lets it go on."""
+        """Let it stand still between two batches, keeping its device; `resume` lets it go on.
+
+        Returns once it obeys, which takes as long as a batch, or after 15 seconds.
+        """
         return self._ask("pause")
 
     def cancel(self) -> "Run":
-        """End it after the present batch; what was committed stays."""
+        """End it after the present batch; what was committed stays. Returns as `pause` does."""
         return self._ask("cancel")
 
     def _ask(self, request: str) -> "Run":
@@ -272,7 +293,8 @@ class Run:
         runs = tables.runs
         if status in ACTIVE:
             with self._catalog.write() as connection:
-                connection.execute(sa.update(runs).where(runs.c.id == self.id).values(request=None))
+                paused = runs.c.request == "pause"  # a cancellation stays
+                connection.execute(sa.update(runs).where(runs.c.id == self.id, paused).values(request=None))
             self._until(lambda status: status != "paused")
             return self
         if status == "finished":
@@ -292,15 +314,21 @@ class Run:
 
     def _spawn(self) -> "Run":
         """Start the worker process and note how it ends."""
-        with (self.folder / "worker.log").open("ab") as log:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "dynkit.pipeline.worker", str(self._catalog.root), self.id],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # the notebook's interrupt and restart are not for the worker
-                env={**os.environ, "PYTHONUNBUFFERED": "1"},
-            )
+        command = [sys.executable, "-m", "dynkit.pipeline.worker", str(self._catalog.root), self.id]
+        try:
+            with (self.folder / "worker.log").open("ab") as log:
+                process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,  # the notebook's interrupt and restart are not for the worker
+                    env={**_SHARING, **os.environ, "PYTHONUNBUFFERED": "1"},
+                )
+        except OSError as error:
+            message = f"the worker process cannot be started: {error}"
+            self._note_end("failed", message, message)
+            raise StorageError(message) from error
         with self._catalog.write() as connection, contextlib.suppress(Exception):
             owner = identity(process.pid)
             connection.execute(sa.update(tables.runs).where(tables.runs.c.id == self.id).values(**owner))
@@ -311,7 +339,6 @@ class Run:
     def _reap(self, process: "subprocess.Popen[bytes]") -> None:
         """Wait for the worker; if it went without ending its run, say how."""
         code = process.wait()
-        runs = tables.runs
         if code >= 0 or -code in _CRASHES:
             how = f"exited with code {code}" if code >= 0 else f"crashed with signal {-code}"
             status, advice = "failed", "the end of its log:"
@@ -321,14 +348,19 @@ class Run:
                 "interrupted",
                 "run.resume() continues it (signal 9 can mean: out of memory). Its log ends:",
             )
+        what = f"the worker process {how} after {self._last_step()}"
+        self._note_end(status, what, f"{what}; {advice}\n{self.log_tail()}", pid=process.pid)
+
+    def _note_end(self, status: str, reason: str, error: str, pid: int | None = None) -> None:
+        """Commit the end of a run that did not say so itself; with `pid`, only while that process owns it."""
+        runs = tables.runs
         with self._catalog.write() as connection:
-            row = connection.execute(sa.select(runs).where(runs.c.id == self.id)).one()
-            if row.status not in ACTIVE or row.pid != process.pid:
+            row = connection.execute(sa.select(*_COLUMNS).where(runs.c.id == self.id)).one()
+            if row.status not in ACTIVE or (pid is not None and row.pid != pid):
                 return
-            error = f"the worker process {how} after {self._last_step()}; {advice}\n{self.log_tail()}"
             values = {"status": status, "error": error, "ended_ns": time.time_ns(), "request": None}
             connection.execute(sa.update(runs).where(runs.c.id == self.id).values(**values))
-            insert_event(connection, self.id, status, {"error": error.splitlines()[0]})
+            insert_event(connection, self.id, status, {"error": reason})
 
     def _last_step(self) -> str:
         events = self.events()
@@ -365,8 +397,8 @@ class Run:
         if curve is not None and curve.height:
             scores = mean_scores(curve).iter_rows(named=True)
             facts.append("composite mean: " + ", ".join(f"{score['metric']} {score['mean']:.4f}" for score in scores))
-        if row.error:
-            facts.append(row.error.strip().splitlines()[-1 if status == "failed" else 0])
+        if reason := self.reason:
+            facts.append(reason)
         if status == "interrupted":
             facts.append(f"continue it with ws.run({self.id!r}).resume()")
         body = ""

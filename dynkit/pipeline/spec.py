@@ -19,7 +19,8 @@ import dataclasses
 import functools
 import importlib
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import pydantic
@@ -32,9 +33,9 @@ from dynkit.evaluation import windows
 from dynkit.evaluation.metrics import NAMES as METRICS
 from dynkit.evaluation.settings import Evaluation
 from dynkit.pipeline.declaration import Pipeline
-from dynkit.pipeline.yaml import Document, Path, parse
 from dynkit.policies import snake_case
 from dynkit.training.settings import LOSSES, OPTIMIZERS, SCHEDULES, Training
+from dynkit.yaml import Document, Path, parse
 
 __all__ = ["BUILT_IN", "KEYS", "NAMED", "build", "field_names", "schema"]
 
@@ -114,8 +115,17 @@ class _Builder:
     def error(self, path: Path, message: str) -> SpecError:
         return self.document.error(path, message)
 
-    def at(self, path: Path) -> "_Place":
-        return _Place(self, path)
+    @contextmanager
+    def at(self, path: Path) -> Iterator[None]:
+        """Turn the errors of Python constructors into errors at a place of the document."""
+        try:
+            yield
+        except SpecError:
+            raise
+        except DynkitError as error:
+            name = str(error).partition("=")[0].partition(":")[0]
+            inner = (*path, name)
+            raise self.error(inner if inner in self.document.lines else path, str(error)) from None
 
     def _substituted(self, path: Path, value: Any) -> Any:
         """Replace ``$name`` by the notebook's variable, everywhere."""
@@ -208,7 +218,7 @@ class _Builder:
                 raise self.error(path, f"{snake_case(cls.__name__)} takes no parameters, not {parameters!r}")
             first = fields[0]
             with self.at(path):
-                return cls(**self._validated((*path[:-1], path[-1]), cls, {first: parameters}))
+                return cls(**self._validated(path, cls, {first: parameters}))
         parameters = self.mapping(path, parameters, fields, snake_case(cls.__name__)) if fields or parameters else {}
         with self.at(path):
             return cls(**self._validated(path, cls, parameters))
@@ -262,22 +272,6 @@ class _Builder:
     def _metric(self, path: Path, value: Any) -> Any:
         is_top = isinstance(value, str) and value.startswith("top_") and value[4:].isdigit()
         return value if is_top else self.policy(path, value, "metrics")
-
-
-class _Place:
-    """Turns the errors of Python constructors into errors at a place of the document."""
-
-    def __init__(self, builder: _Builder, path: Path) -> None:
-        self._builder, self._path = builder, path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, DynkitError) and not isinstance(error, SpecError):
-            name = str(error).partition("=")[0].partition(":")[0]
-            path = (*self._path, name) if (*self._path, name) in self._builder.document.lines else self._path
-            raise self._builder.error(path, str(error)) from None
 
 
 def field_names(cls: type[Any]) -> list[str]:

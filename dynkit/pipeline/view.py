@@ -41,7 +41,7 @@ class View:
         self.trained: tuple[Trained, ...] = ()
 
     @property
-    def position(self) -> int:
+    def last_position(self) -> int:
         """Position of the last trigger, 0 before the first."""
         return self.trained[-1].position if self.trained else 0
 
@@ -74,7 +74,7 @@ class View:
     def move(self, seen: int, *, since: int | None = None) -> None:
         """Stand after `seen` samples of the stream."""
         self.now_ns = int(self._time_ns[seen - 1]) if seen else self.start_ns
-        self.samples_since_trigger = seen - self.position if since is None else since
+        self.samples_since_trigger = seen - self.last_position if since is None else since
 
     def last_ns(self, position: int) -> int:
         """Timestamp of the last of the first `position` samples."""

@@ -5,7 +5,7 @@ import logging
 import sys
 
 from dynkit.catalog import Catalog
-from dynkit.pipeline.owner import Cancelled, Owner
+from dynkit.pipeline.owner import Owner
 from dynkit.pipeline.payload import load
 from dynkit.pipeline.replay import replay
 
@@ -17,14 +17,8 @@ def main() -> None:
     root, run = sys.argv[1:]
     faulthandler.enable()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
-    catalog = Catalog(root)
-    try:
-        with Owner(catalog, run) as owner:  # a pipeline that cannot be loaded is the run's failure
-            pipeline = load(owner.folder)
-        for event in replay(pipeline, Owner(catalog, run)):
-            logging.info("%s", event)
-    except Cancelled:
-        logging.info("cancelled")
+    for event in replay(lambda owner: load(owner.folder, owner.dataset), Owner(Catalog(root), run)):
+        logging.info("%s", event)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ __all__ = ["Fit", "FitContext", "fit", "predict", "resolve_device", "seeded"]
 _NOT_FIELDS = {"label", "weight"}
 _FUSED = {"adam", "adamw", "sgd", "adagrad"}  # one kernel for all parameters, also on the CPU
 _CHECK_LOSS_EVERY = 100  # batches; reading the loss makes a GPU wait
-_REGRESSION: dict[str, Callable[..., torch.Tensor]] = {
+_PER_SAMPLE: dict[str, Callable[..., torch.Tensor]] = {
     "bce": functional.binary_cross_entropy_with_logits,
     "mse": functional.mse_loss,
     "mae": functional.l1_loss,
@@ -62,9 +62,9 @@ class FitContext:
     validation: Batches | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
 
-    def report(self, **values: float) -> None:
-        """Keep numbers (an epoch's losses, say) with the model that comes out."""
-        self.history.append(values)
+    def report(self, **values: Any) -> None:
+        """Keep numbers (an epoch's losses, say; tensors of one number too) with the model that comes out."""
+        self.history.append({name: float(value) for name, value in values.items()})
 
     def loss(self, outputs: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Mean loss of a batch, weighted by its weights: sum(w_i * loss_i) / sum(w_i).
@@ -74,8 +74,8 @@ class FitContext:
         TrainingError
             When the outputs do not fit the loss.
         """
-        if "label" not in batch:
-            raise TrainingError("the dataset has no labels; ingest it with label=..., or train with your own fit")
+        if outputs.dtype in (torch.float16, torch.bfloat16):
+            outputs = outputs.float()  # mixed precision is for the model; labels keep theirs
         per_sample = _losses(self.training.loss, outputs, batch["label"])
         if "weight" not in batch:
             return per_sample.mean()
@@ -84,7 +84,7 @@ class FitContext:
                 "the selection gives weights; the loss must return one value per sample, not their mean"
             )
         weight = batch["weight"]
-        return (per_sample * weight).sum() / weight.sum()
+        return (per_sample * weight).sum() / weight.sum().clamp_min(torch.finfo(weight.dtype).tiny)
 
 
 def predict(model: nn.Module, batch: Batch) -> torch.Tensor:
@@ -122,7 +122,7 @@ def _losses(loss: str | Callable[..., Any], outputs: torch.Tensor, labels: torch
         if outputs.shape != (*labels.shape, 1):
             raise TrainingError(f"{loss} needs one output per sample, (N,) or (N, 1), not {tuple(outputs.shape)}")
         outputs = outputs.squeeze(-1)
-    losses: torch.Tensor = _REGRESSION[loss](outputs, labels.to(outputs.dtype), reduction="none")
+    losses: torch.Tensor = _PER_SAMPLE[loss](outputs, labels.to(outputs.dtype), reduction="none")
     return losses
 
 

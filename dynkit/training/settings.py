@@ -73,6 +73,10 @@ class Training:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise InvalidInput(f"{name}={value!r} must be a whole number, at least 1")
+        for name in ("seed", "weight_decay"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, int | float) and value >= 0):
+                raise InvalidInput(f"{name}={value!r} must be a number, at least 0")
         for name in ("lr", "grad_clip"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, int | float) and 0 < value < float("inf")):

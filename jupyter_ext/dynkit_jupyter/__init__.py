@@ -28,6 +28,6 @@ def unload_ipython_extension(shell: Any) -> None:
     formatter = shell.display_formatter.ipython_display_formatter
     if Run in formatter.type_printers:
         formatter.pop(Run)
-    for kind, names in (("line", ("dynkit",)), ("cell", ("pipeline",))):
+    for kind, names in (("line", ("dynkit", "pipeline")), ("cell", ("pipeline",))):
         for name in names:
             shell.magics_manager.magics[kind].pop(name, None)

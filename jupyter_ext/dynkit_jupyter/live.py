@@ -5,6 +5,7 @@ output, so it moves while other cells run and needs no widget and no re-executio
 it writes is the static result, which is what a saved notebook shows.
 """
 
+import logging
 import os
 import sys
 import threading
@@ -20,16 +21,11 @@ from dynkit.pipeline.process import ACTIVE
 
 __all__ = ["is_watched", "show"]
 
+logger = logging.getLogger(__name__)
+
 _EVERY_S = 0.5
-_HEADLESS = (
-    "papermill",
-    "nbconvert",
-    "jupyter-execute",
-    "jupyter_execute",
-    "dynkit.batch",
-    "nbmake",
-    "pytest",
-)
+_TOOLS = "papermill nbconvert jupyter-nbconvert jupyter-execute dynkit.batch.execute pytest py.test"
+_HEADLESS = set(_TOOLS.split())
 
 
 def is_watched() -> bool:
@@ -52,10 +48,10 @@ def _started_headless() -> bool:
     """Whether a tool without a screen started this kernel; such a one may itself have been started in a notebook."""
     try:
         parent = psutil.Process().parent()
-        words = " ".join(parent.cmdline()) if parent is not None else ""
+        words = parent.cmdline() if parent is not None else []
     except psutil.Error:
         return False
-    return any(name in words for name in _HEADLESS)
+    return bool(_HEADLESS & {os.path.basename(word) for word in words})  # noqa: PTH119  (words, not paths)
 
 
 def show(run: Run) -> None:
@@ -70,6 +66,15 @@ def show(run: Run) -> None:
 
 
 def _follow(run: Run, handle: Any) -> None:
+    """Replace a view's output until its run ends; what goes wrong on the way is its last content."""
+    try:
+        _update(run, handle)
+    except Exception as error:  # nobody would see an exception of this thread
+        logger.exception("the view of run %s stopped", run.id)
+        handle.update({"text/plain": f"the view of run {run.id} stopped: {error}"}, raw=True)
+
+
+def _update(run: Run, handle: Any) -> None:
     shown: dict[str, str] = {}
     while True:
         ended = run.status not in ACTIVE

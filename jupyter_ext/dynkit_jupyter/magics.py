@@ -11,13 +11,14 @@ from typing import Any, NoReturn, cast
 
 from IPython.core.magic import (
     Magics,
-    cell_magic,
+    line_cell_magic,
     line_magic,
     magics_class,
     no_var_expand,
     output_can_be_silenced,
 )
 
+from dynkit.catalog import Catalog
 from dynkit.errors import DynkitError, InvalidInput, RunFailed
 from dynkit.pipeline import Run, build
 from dynkit.pipeline.compare import compare
@@ -85,11 +86,11 @@ def workspace_of(namespace: dict[str, Any], chosen: str | None = None) -> Worksp
     """Find the workspace of a notebook: the one chosen by variable or path, else the one its variables hold."""
     if chosen is not None:
         found = namespace.get(chosen)
-        return found if isinstance(found, Workspace) else Workspace(chosen)
+        return found if isinstance(found, Workspace) else Workspace(Catalog.existing(chosen).root)
     held = {str(value.path): value for name, value in list(namespace.items()) if _is_workspace(name, value)}
     if len(held) > 1:
         raise InvalidInput(f"the notebook has several workspaces ({', '.join(sorted(held))}); choose one with -w VAR")
-    return next(iter(held.values())) if held else Workspace()
+    return next(iter(held.values())) if held else Workspace(Catalog.existing().root)
 
 
 def _is_workspace(name: str, value: Any) -> bool:
@@ -122,33 +123,40 @@ def _magic(kind: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[
 class DynkitMagics(Magics):  # type: ignore[misc]  # IPython is untyped here
     """The magics of dynkit."""
 
-    @_magic(cell_magic)
-    def pipeline(self, line: str, cell: str) -> Run:
+    @_magic(line_cell_magic)
+    def pipeline(self, line: str, cell: str | None = None) -> Run | None:
         """Declare a pipeline as YAML and run it in the background; ``%%pipeline -h`` lists the options.
 
         The body mirrors the constructor of `dynkit.Pipeline`; functions and classes of the notebook go by their
-        names. Returns the Run, whose view moves while it is going.
+        names. Returns the Run, whose view moves while it is going; with ``--wait`` the view is shown at once.
         """
         namespace = self.shell.user_ns
         options = pipeline_parser().parse_args(_split(line))
+        if cell is None:
+            raise InvalidInput("%pipeline needs a cell: write %%pipeline NAME and the pipeline as YAML below it")
         workspace = workspace_of(namespace, options.workspace)
         body = "\n" + cell.rstrip().removesuffix(
             ";"
         )  # the magic's own line counts, so that line numbers are the cell's
         pipeline = build(body, workspace.catalog, name=options.name, namespace=namespace, device=options.device)
         run = None if options.force else workspace.find(pipeline)
-        if run is not None:
+        if run is not None and run.status == "interrupted":
+            run.resume()
+            print(f"run {run.id} of the same inputs was interrupted and goes on; --force starts anew")  # noqa: T201
+            note(run)
+        elif run is not None:
             print(f"attached to run {run.id} of the same inputs ({run.status}); --force starts anew")  # noqa: T201
             note(run)
         else:
             run = pipeline.start()
         if options.output:
             namespace[options.output] = run
-        if options.wait or not is_watched():
-            if options.wait and is_watched():
-                show(run)
-            _wait(run)
-        return run
+        if is_watched() and not options.wait:
+            return run
+        if is_watched():
+            show(run)
+        _wait(run)
+        return None if is_watched() else run
 
     @_magic(line_magic)
     def dynkit(self, line: str) -> Any:
@@ -178,5 +186,4 @@ def _wait(run: Run) -> None:
         print(f"run {run.id} goes on; %dynkit cancel {run.id} ends it")  # noqa: T201
         raise
     if status not in ("finished", *ACTIVE):
-        last_line = (run.error or "").strip().splitlines()[-1:] or [""]
-        raise RunFailed(f"run {run.id} ({run.name}) {status}: {last_line[0]}; the rest is in ws.run({run.id!r}).error")
+        raise RunFailed(f"run {run.id} ({run.name}) {status}: {run.reason or ''}; see ws.run({run.id!r}).error")
