@@ -10,8 +10,8 @@ from typing import Any
 import nbformat
 import polars as pl
 import pytest
-from conftest import make_frame
 from nbformat.v4 import new_code_cell, new_notebook
+from streams import make_frame
 
 import dynkit as dk
 from dynkit import batch
@@ -21,7 +21,7 @@ TESTS = str(Path(__file__).parent)
 SETUP = f"""
 import sys, os, time; sys.path.insert(0, {TESTS!r})
 import dynkit as dk
-from conftest import make_frame, make_pipeline
+from streams import make_frame, make_pipeline
 from torch import nn
 %load_ext dynkit
 stream = dk.Workspace().ingest("stream", make_frame(), timestamp="when", label="late")

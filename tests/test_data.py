@@ -11,11 +11,11 @@ import polars as pl
 import pytest
 import torch
 import zarr
-from conftest import START, make_frame
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from streams import START, make_frame
 
 import dynkit as dk
 from dynkit.data import segments
@@ -214,7 +214,7 @@ def test_a_missing_dataset_names_the_nearest(ws: dk.Workspace, dataset: dk.Datas
 
 APPEND = """
 import sys; sys.path.insert(0, {tests!r})
-from conftest import make_frame
+from streams import make_frame
 import dynkit as dk
 dataset = dk.Workspace({root!r}).dataset("stream")
 for i in range(8):
@@ -241,7 +241,7 @@ def test_two_processes_appending_at_once_lose_nothing(ws: dk.Workspace, dataset:
 def test_a_writer_killed_before_its_commit_leaves_no_version(ws: dk.Workspace, dataset: dk.Dataset) -> None:
     code = (
         f"import sys, os; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "from conftest import make_frame\nimport dynkit as dk\nfrom dynkit.data import dataset as module\n"
+        "from streams import make_frame\nimport dynkit as dk\nfrom dynkit.data import dataset as module\n"
         "module._publish = lambda *_: os.kill(os.getpid(), 9)\n"
         f"dk.Workspace({str(ws.path)!r}).dataset('stream').append(make_frame(20, seed=5))"
     )

@@ -7,10 +7,10 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from conftest import make_frame, make_model, make_pipeline, replayed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import metrics as sk
+from streams import make_frame, make_model, make_pipeline, replayed
 from torch import nn
 
 import dynkit as dk

@@ -19,7 +19,7 @@ SETUP = f"""
 import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
 import os, time, dynkit as dk, torch
 from torch import nn
-from conftest import make_frame
+from streams import make_frame
 %load_ext dynkit
 ws = dk.Workspace()
 stream = ws.ingest("stream", make_frame(), timestamp="when", label="late")

@@ -19,7 +19,7 @@ import psutil
 import pytest
 import sqlalchemy as sa
 import torch
-from conftest import make_frame, make_model, make_pipeline, replayed
+from streams import make_frame, make_model, make_pipeline, replayed
 from torch import nn
 
 import dynkit as dk
@@ -275,7 +275,7 @@ def test_policies_of_a_pipeline_are_not_changed_by_its_runs(dataset: dk.Dataset)
 def test_the_caller_killed_leaves_the_run_going(tmp_path: Path) -> None:
     code = (
         f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "from conftest import *\nfrom test_pipeline import Slowly\nimport os\n"
+        "from streams import *\nfrom test_pipeline import Slowly\nimport os\n"
         f"ws = dk.Workspace({str(tmp_path)!r})\n"
         "dataset = ws.ingest('stream', make_frame(), timestamp='when', label='late')\n"
         "run = make_pipeline(dataset, model=lambda: Slowly(0.003)).start()\n"
@@ -291,7 +291,7 @@ def test_the_caller_killed_leaves_the_run_going(tmp_path: Path) -> None:
 def test_an_interrupt_of_the_callers_group_does_not_reach_the_run(tmp_path: Path) -> None:
     code = (
         f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "from conftest import *\nfrom test_pipeline import Slowly\nimport os, signal\n"
+        "from streams import *\nfrom test_pipeline import Slowly\nimport os, signal\n"
         f"ws = dk.Workspace({str(tmp_path)!r})\n"
         "dataset = ws.ingest('stream', make_frame(), timestamp='when', label='late')\n"
         "run = make_pipeline(dataset, model=lambda: Slowly(0.003)).start()\n"
@@ -554,7 +554,7 @@ def test_code_that_changed_after_the_start_does_not_change_the_run(
     module.write_text("from torch import nn\ndef model(): return nn.Linear(3, 2)\n")
     code = (
         f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(Path(__file__).parent)!r}]\n"
-        "import mine, pathlib\nfrom conftest import *\n"
+        "import mine, pathlib\nfrom streams import *\n"
         f"dataset = dk.Workspace({str(ws.path)!r}).dataset('stream')\n"
         "stream = make_pipeline(dataset, model=mine.model).replay()\nprint(next(stream).run)\nstream.close()\n"
         "pathlib.Path(mine.__file__).write_text('broken')\n"

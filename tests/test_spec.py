@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 import pytest
-from conftest import make_model
+from streams import make_model
 
 import dynkit as dk
 from dynkit.errors import SpecError

@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import make_frame, make_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from streams import make_frame, make_model
 from torch import nn
 
 import dynkit as dk

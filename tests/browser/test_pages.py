@@ -14,7 +14,7 @@ TESTS = Path(__file__).parents[1]
 SETUP = f"""
 import sys, time; sys.path.insert(0, {str(TESTS)!r})
 import dynkit as dk
-from conftest import make_frame
+from streams import make_frame
 from torch import nn
 %load_ext dynkit
 ws = dk.Workspace()
