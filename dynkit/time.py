@@ -5,8 +5,8 @@ calendar and stand alone. A naive datetime means UTC.
 """
 
 import datetime as dt
+import functools
 import re
-from itertools import count
 
 import numpy as np
 import polars as pl
@@ -31,6 +31,8 @@ _FIXED_NS = {
 _CALENDAR_MONTHS = {"mo": 1, "q": 3, "y": 12}
 _PART = re.compile(r"(\d+)(ns|us|ms|mo|[smhdwqy])")
 _MAX_PERIODS = 1_000_000
+_CACHED_MONTHS = 64
+_LAST_NS = 2**63 - 1  # in the year 2262
 
 
 def to_ns(instant: Instant) -> int:
@@ -90,13 +92,20 @@ def boundaries(start_ns: int, end_ns: int, every: str) -> IntArray:
         if n > _MAX_PERIODS:
             raise InvalidInput(f"a period of {every!r} splits this time span into {n} parts; use a longer one")
         return start_ns + np.arange(n + 1, dtype=np.int64) * fixed_ns
-    found = [start_ns]
-    origin = pl.Series([start_ns]).cast(pl.Datetime("ns"))
-    for k in count(1):
-        if found[-1] >= end_ns:
-            break
-        found.append(int(origin.dt.offset_by(f"{k * months}mo").dt.epoch("ns").item()))
-    return np.array(found, dtype=np.int64)
+    first, last = to_datetime(start_ns), to_datetime(end_ns)
+    n = ((last.year - first.year) * 12 + last.month - first.month) // months + 2
+    edges = _months(start_ns, months, -(-n // _CACHED_MONTHS) * _CACHED_MONTHS)
+    return edges[: int(np.searchsorted(edges, end_ns, side="left")) + 1]
+
+
+@functools.lru_cache(maxsize=64)  # a trigger asks for the same ones with every block of rows
+def _months(start_ns: int, months: int, n: int) -> IntArray:
+    """Give the first `n` boundaries of a calendar period; they follow the start's day of the month."""
+    start_us, below_us = divmod(start_ns, 1000)
+    steps = pl.Series([f"{k * months}mo" for k in range(n)])
+    found = pl.select(pl.lit(start_us).cast(pl.Datetime("us")).dt.offset_by(pl.lit(steps)).dt.epoch("us")).to_series()
+    edges: IntArray = np.minimum(found.to_numpy(), _LAST_NS // 1000 - 1) * 1000 + below_us
+    return edges
 
 
 def period_index(time_ns: IntArray, start_ns: int, every: str) -> IntArray:

@@ -65,6 +65,13 @@ def test_boundaries_cover_the_span_and_no_more(start: int, length: int, every: i
     assert (np.diff(edges) == every).all()
 
 
+@pytest.mark.parametrize("every", ["10y", "1y", "1mo", "7q"])
+def test_calendar_periods_reach_to_the_end_of_time(every: str) -> None:
+    edges = boundaries(to_ns("1700-01-01"), to_ns("2262-04-01"), every)
+    assert (np.diff(edges) > 0).all()
+    assert edges[-1] >= to_ns("2262-04-01") > edges[-2]
+
+
 def test_month_ends_do_not_drift() -> None:
     edges = boundaries(to_ns("2013-01-31"), to_ns("2013-05-31"), "1mo")
     assert [to_datetime(edge).day for edge in edges.tolist()] == [31, 28, 31, 30, 31]

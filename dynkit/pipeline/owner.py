@@ -124,9 +124,14 @@ class Owner:
             starts = sa.select(triggers.c.block_start).where(triggers.c.run == self.run).order_by(triggers.c.index)
             self.block_starts = list(connection.scalars(starts))
             self.state: bytes | None = row.state
-            self.dataset = Dataset(self.catalog, row.dataset, row.dataset_version)
+            self._dataset = row.dataset, row.dataset_version
         self._pulse.start()
         return self
+
+    @property
+    def dataset(self) -> Dataset:
+        """The dataset at the run's version."""
+        return Dataset(self.catalog, *self._dataset)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

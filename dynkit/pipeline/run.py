@@ -4,12 +4,7 @@ A Run reads the catalog and nothing else, so it works from any process, while th
 loads user code.
 """
 
-import contextlib
 import json
-import os
-import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -23,8 +18,9 @@ from dynkit import html
 from dynkit.catalog import Catalog
 from dynkit.errors import Conflict, NotFound, StorageError, WaitTimeout
 from dynkit.evaluation.composite import CompositeKind, composite, mean_scores
-from dynkit.pipeline.owner import insert_event, trained_of
+from dynkit.pipeline.owner import trained_of
 from dynkit.pipeline.process import ACTIVE, identity, true_status
+from dynkit.pipeline.spawn import log_tail, spawn
 from dynkit.time import to_datetime
 from dynkit.types import Event, Trained
 
@@ -33,11 +29,6 @@ __all__ = ["Run", "Runs"]
 _POLL_S = 0.1
 _REAPING_S = 1.0  # how long the process that started a worker may take to note its end
 _ACKNOWLEDGE_S = 15.0  # how long pause and cancel wait for the run to obey
-# A process that waits for its threads by spinning starves another on the same cores: two trainings of two threads on
-# two cores took a hundred times as long. After a few microseconds they sleep instead (read by GNU OpenMP).
-_SHARING = {"GOMP_SPINCOUNT": "10000"}
-_CRASHES = {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL}
-_LOG_TAIL_LINES = 30
 _COLUMNS = [column for column in tables.runs.c if column.name != "state"]  # that one may be large
 _CURVE = ["window_start", "window_end", "model", "metric", "value"]
 
@@ -313,66 +304,12 @@ class Run:
             time.sleep(_POLL_S / 2)
 
     def _spawn(self) -> "Run":
-        """Start the worker process and note how it ends."""
-        command = [sys.executable, "-m", "dynkit.pipeline.worker", str(self._catalog.root), self.id]
-        try:
-            with (self.folder / "worker.log").open("ab") as log:
-                process = subprocess.Popen(
-                    command,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,  # the notebook's interrupt and restart are not for the worker
-                    env={**_SHARING, **os.environ, "PYTHONUNBUFFERED": "1"},
-                )
-        except OSError as error:
-            message = f"the worker process cannot be started: {error}"
-            self._note_end("failed", message, message)
-            raise StorageError(message) from error
-        with self._catalog.write() as connection, contextlib.suppress(Exception):
-            owner = identity(process.pid)
-            connection.execute(sa.update(tables.runs).where(tables.runs.c.id == self.id).values(**owner))
-        self._reaper = threading.Thread(target=self._reap, args=(process,), name=f"dynkit-{self.id}", daemon=True)
-        self._reaper.start()
+        self._reaper = spawn(self._catalog, self.id)
         return self
-
-    def _reap(self, process: "subprocess.Popen[bytes]") -> None:
-        """Wait for the worker; if it went without ending its run, say how."""
-        code = process.wait()
-        if code >= 0 or -code in _CRASHES:
-            how = f"exited with code {code}" if code >= 0 else f"crashed with signal {-code}"
-            status, advice = "failed", "the end of its log:"
-        else:
-            how = f"was ended by signal {-code}"
-            status, advice = (
-                "interrupted",
-                "run.resume() continues it (signal 9 can mean: out of memory). Its log ends:",
-            )
-        what = f"the worker process {how} after {self._last_step()}"
-        self._note_end(status, what, f"{what}; {advice}\n{self.log_tail()}", pid=process.pid)
-
-    def _note_end(self, status: str, reason: str, error: str, pid: int | None = None) -> None:
-        """Commit the end of a run that did not say so itself; with `pid`, only while that process owns it."""
-        runs = tables.runs
-        with self._catalog.write() as connection:
-            row = connection.execute(sa.select(*_COLUMNS).where(runs.c.id == self.id)).one()
-            if row.status not in ACTIVE or (pid is not None and row.pid != pid):
-                return
-            values = {"status": status, "error": error, "ended_ns": time.time_ns(), "request": None}
-            connection.execute(sa.update(runs).where(runs.c.id == self.id).values(**values))
-            insert_event(connection, self.id, status, {"error": reason})
-
-    def _last_step(self) -> str:
-        events = self.events()
-        return f"'{events[-1].kind}'" if events else "its start"
 
     def log_tail(self) -> str:
         """Return the last lines of what the worker printed and logged."""
-        try:
-            lines = (self.folder / "worker.log").read_text(errors="replace").splitlines()
-        except FileNotFoundError:
-            return ""
-        return "\n".join(lines[-_LOG_TAIL_LINES:])
+        return log_tail(self.folder)
 
     # -- how it looks --------------------------------------------------------------------------------------------
 
