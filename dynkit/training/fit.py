@@ -64,7 +64,7 @@ class FitContext:
 
     def report(self, **values: Any) -> None:
         """Keep numbers (an epoch's losses, say; tensors of one number too) with the model that comes out."""
-        self.history.append({name: float(value) for name, value in values.items()})
+        self.history.append({name: value if isinstance(value, int) else float(value) for name, value in values.items()})
 
     def loss(self, outputs: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Mean loss of a batch, weighted by its weights: sum(w_i * loss_i) / sum(w_i).
