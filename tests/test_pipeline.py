@@ -27,8 +27,8 @@ from dynkit import testing
 from dynkit.catalog import runs
 from dynkit.errors import Conflict, InvalidInput, NotFound, PolicyError, StorageError, TrainingError, WaitTimeout
 from dynkit.pipeline.owner import Owner
-from dynkit.pipeline.payload import load
 from dynkit.pipeline.replay import replay
+from dynkit.pipeline.worker import _pipeline
 from dynkit.training import Batches, FitContext, fit, seeded
 
 
@@ -213,7 +213,7 @@ def test_left_after_any_event_a_run_continues_to_the_same_result(dataset: dk.Dat
     assert run.status == "interrupted"
     with dataset.catalog.write() as connection:  # as `resume` does, but here instead of in a new process
         connection.execute(sa.update(runs).where(runs.c.id == run.id).values(status="running"))
-    list(replay(lambda owner: load(owner.folder, owner.dataset), Owner(dataset.catalog, run.id)))
+    list(replay(_pipeline, Owner(dataset.catalog, run.id)))
     assert same(run, undisturbed)
     assert [run.selection(i).equals(undisturbed.selection(i)) for i in range(6)] == [True] * 6
 

@@ -108,7 +108,8 @@ class Pipeline:
         pipeline = dataclasses.replace(self, dataset=self.dataset.at(self.dataset.version))
         catalog = self.dataset.catalog
         run = new_id()
-        pack(pipeline).write(catalog.root / "runs" / run)  # before there is a row: what cannot travel is refused here
+        parts = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "dataset"}
+        pack(self.name, parts).write(catalog.root / "runs" / run)  # first: what cannot travel is refused without a row
         new_run(
             catalog,
             run,

@@ -6,26 +6,21 @@ script has changed. `load` is the only place where user code is loaded, and only
 resumes.
 """
 
-import dataclasses
 import json
 import linecache
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import cloudpickle
 
-from dynkit.data import Dataset
 from dynkit.disk import flush
 from dynkit.errors import InvalidInput, StorageError
 from dynkit.policies import is_user_code
-
-if TYPE_CHECKING:
-    from dynkit.pipeline.declaration import Pipeline
 
 __all__ = ["Payload", "load", "pack"]
 
@@ -56,24 +51,29 @@ class Payload:
             raise StorageError(f"cannot write the run's folder {folder}: {error.strerror or error}") from error
 
 
-def pack(pipeline: "Pipeline") -> Payload:
-    """Pickle a pipeline with the user's code by value.
+def pack(name: str, parts: Mapping[str, Any]) -> Payload:
+    """Pickle the parts of a pipeline with the user's code by value.
+
+    Parameters
+    ----------
+    name : str
+        Of the pipeline, for the message.
+    parts : mapping
+        Arguments of `Pipeline` but the dataset.
 
     Raises
     ------
     InvalidInput
         When something in it (an open file, a lock, a generator) cannot be pickled.
     """
-    names = [field.name for field in dataclasses.fields(pipeline) if field.name != "dataset"]
-    parts = {name: getattr(pipeline, name) for name in names}
     try:
         try:
             with _by_value():
-                pickled = cloudpickle.dumps(parts)
+                pickled = cloudpickle.dumps(dict(parts))
         except Exception:  # a module of the user's holds something that cannot be pickled: import it there instead
-            pickled = cloudpickle.dumps(parts)
+            pickled = cloudpickle.dumps(dict(parts))
     except Exception as error:
-        raise InvalidInput(f"the pipeline {pipeline.name!r} cannot travel to a worker process: {error}") from error
+        raise InvalidInput(f"the pipeline {name!r} cannot travel to a worker process: {error}") from error
     torch = sys.modules.get("torch")
     environment = {
         "cwd": str(Path.cwd()),
@@ -108,10 +108,8 @@ def _sources() -> dict[str, str]:
     return {name: "".join(entry[2]) for name, entry in cached.items() if not Path(name).exists()}
 
 
-def load(folder: Path, dataset: Dataset) -> "Pipeline":
-    """Set this process up as the pipeline's code expects it, and unpickle the pipeline."""
-    from dynkit.pipeline.declaration import Pipeline
-
+def load(folder: Path) -> dict[str, Any]:
+    """Set this process up as the pipeline's code expects it, and unpickle what `pack` was given."""
     environment = json.loads((folder / _ENVIRONMENT).read_text())
     sys.path += [entry for entry in environment["sys_path"] if entry not in sys.path]
     if Path(environment["cwd"]).is_dir():
@@ -122,4 +120,5 @@ def load(folder: Path, dataset: Dataset) -> "Pipeline":
         import torch
 
         torch.set_num_threads(environment["torch_threads"])
-    return Pipeline(dataset=dataset, **cloudpickle.loads((folder / _PIPELINE).read_bytes()))
+    parts: dict[str, Any] = cloudpickle.loads((folder / _PIPELINE).read_bytes())
+    return parts

@@ -5,6 +5,7 @@ import logging
 import sys
 
 from dynkit.catalog import Catalog
+from dynkit.pipeline.declaration import Pipeline
 from dynkit.pipeline.owner import Owner
 from dynkit.pipeline.payload import load
 from dynkit.pipeline.replay import replay
@@ -17,8 +18,12 @@ def main() -> None:
     root, run = sys.argv[1:]
     faulthandler.enable()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
-    for event in replay(lambda owner: load(owner.folder, owner.dataset), Owner(Catalog(root), run)):
+    for event in replay(_pipeline, Owner(Catalog(root), run)):
         logging.info("%s", event)
+
+
+def _pipeline(owner: Owner) -> Pipeline:
+    return Pipeline(dataset=owner.dataset, **load(owner.folder))
 
 
 if __name__ == "__main__":
