@@ -17,7 +17,7 @@ _STATUS_COLOUR = {
     "cancelled": "#808080",
     "interrupted": "#CC79A7",
 }
-_MUTED = "color:var(--jp-ui-font-color2,inherit);opacity:0.85"
+_MUTED = "color:var(--jp-ui-font-color1,inherit);opacity:0.75"
 
 
 def duration(seconds: float | None) -> str:
