@@ -253,6 +253,7 @@ class _Loop:
         left = [by_bounds[bounds] for bounds in sorted(by_bounds) if bounds not in done]
         if not models or not left:
             return
+        self._show_window(1, len(left))
         with seeded(self.pipeline.seed):
             module = self.pipeline.model()
         scored = evaluate(
@@ -266,14 +267,14 @@ class _Loop:
             on_batch=lambda samples: self.owner.check(),
         )
         for n, (window, samples, scores) in enumerate(scored, 1):
-            share = 1 - _EVALUATION_SHARE * (1 - n / len(left))
-            self.owner.progress = {
-                "phase": "evaluating",
-                "fraction": share,
-                "window": n,
-                "windows": len(left),
-            }
             yield self.owner.commit_window(window, samples, scores)
+            self._show_window(n + 1, len(left))
+
+    def _show_window(self, n: int, windows: int) -> None:
+        """Tell that the n-th window, from 1, is being evaluated."""
+        fraction = 1 - _EVALUATION_SHARE * (1 - (n - 1) / windows)
+        n = min(n, windows)
+        self.owner.progress = {"phase": "evaluating", "fraction": fraction, "window": n, "windows": windows}
 
 
 def _pickled(policy: Any) -> bytes:
