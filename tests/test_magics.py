@@ -75,9 +75,8 @@ class Kernel:
             if message["msg_type"] == "status" and message["content"]["execution_state"] == "idle":
                 self.client.get_shell_msg(timeout=timeout_s)
                 return found
-            found.append(message)
-            if message["msg_type"] == "update_display_data":  # a view's thread speaks during any cell
-                self.strays.append(message)
+            # A view's thread speaks during any cell; what it says is not that cell's output.
+            (self.strays if message["msg_type"] == "update_display_data" else found).append(message)
 
     strays: list[dict[str, Any]]
 
