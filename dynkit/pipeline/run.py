@@ -62,7 +62,10 @@ class Run:
 
     def _row(self) -> Any:
         with self._catalog.read() as connection:
-            return connection.execute(sa.select(*_COLUMNS).where(tables.runs.c.id == self.id)).one()
+            return self._read_row(connection)
+
+    def _read_row(self, connection: sa.Connection) -> Any:
+        return connection.execute(sa.select(*_COLUMNS).where(tables.runs.c.id == self.id)).one()
 
     @property
     def name(self) -> str:
@@ -262,7 +265,7 @@ class Run:
     def _ask(self, request: str) -> "Run":
         runs = tables.runs
         with self._catalog.write() as connection:
-            row = connection.execute(sa.select(runs).where(runs.c.id == self.id)).one()
+            row = self._read_row(connection)
             status = true_status(row)
             if status not in ACTIVE:
                 raise Conflict(f"run {self.id} is {status}; only a running one can be asked to {request}")
@@ -291,7 +294,7 @@ class Run:
         if status == "finished":
             raise Conflict(f"run {self.id} has finished; start the pipeline again for a new one")
         with self._catalog.write() as connection:  # one of several who try gets it
-            row = connection.execute(sa.select(runs).where(runs.c.id == self.id)).one()
+            row = self._read_row(connection)
             if true_status(row) in ACTIVE:
                 return self
             values = {"status": "running", "request": None, "error": None, "ended_ns": None}
@@ -334,7 +337,7 @@ class Run:
         if curve is not None and curve.height:
             scores = mean_scores(curve).iter_rows(named=True)
             facts.append("composite mean: " + ", ".join(f"{score['metric']} {score['mean']:.4f}" for score in scores))
-        if reason := self.reason:
+        if status in ("failed", "interrupted") and (reason := self.reason):  # a view that moves asks twice a second
             facts.append(reason)
         if status == "interrupted":
             facts.append(f"continue it with ws.run({self.id!r}).resume()")
