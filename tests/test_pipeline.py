@@ -146,7 +146,7 @@ def test_killed_at_ten_random_moments_a_run_ends_in_the_same_result(dataset: dk.
     pipeline = make_pipeline(
         dataset,
         model=lambda: Slowly(0.002),
-        trigger=Every(400),
+        trigger=Every(200),
         training=dk.Training(epochs=2, batch_size=64, warm_start=True),
     )
     undisturbed = replayed(pipeline)
@@ -154,7 +154,7 @@ def test_killed_at_ten_random_moments_a_run_ends_in_the_same_result(dataset: dk.
     run = pipeline.start()
     for _ in range(10):
         if rng.random() < 0.7:  # in the middle of work, or at any time since the process began
-            _await_progress(run)
+            _await_progress(run, events=rng.randint(1, 4))
         time.sleep(rng.uniform(0, 0.4))
         if run.status == "finished":
             break
@@ -164,13 +164,16 @@ def test_killed_at_ten_random_moments_a_run_ends_in_the_same_result(dataset: dk.
         run = dk.Workspace(dataset.catalog.root).run(run.id)  # as a restarted notebook would
         run.resume()
     assert run.wait(120) == "finished", run.error
+    kinds = [event.kind for event in run.events()]
+    assert kinds.count("interrupted") == 10
+    assert kinds.count("resumed") > 1  # some of them after a trigger was committed
     assert same(run, undisturbed)
     assert [one.position for one in run.trained] == [one.position for one in undisturbed.trained]
 
 
-def _await_progress(run: dk.Run) -> None:
+def _await_progress(run: dk.Run, events: int) -> None:
     seen = len(run.events())
-    until(lambda: len(run.events()) > seen or run.status != "running")
+    until(lambda: len(run.events()) >= seen + events or run.status != "running")
 
 
 class Every:
