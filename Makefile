@@ -29,7 +29,7 @@ $(VENV)/demo: $(VENV)/created $(SETUP)
 	@touch $@
 
 $(VENV)/dev: $(VENV)/demo $(SETUP)
-	$(PIP) install --constraint constraints.txt --editable ".[lab,examples,dev]"
+	$(PIP) install --constraint constraints.txt --editable ".[lab,examples,s3,dev]"
 	@touch $@
 
 $(VENV)/docs: $(VENV)/dev $(SETUP)
@@ -62,7 +62,11 @@ docs: $(VENV)/docs
 	$(BIN)/sphinx-build -W --keep-going -b html docs build/docs
 	@echo "site: $(CURDIR)/build/docs/index.html"
 
-bench: $(VENV)/dev
+$(VENV)/bench: $(VENV)/dev $(SETUP)
+	$(PIP) install --constraint constraints.txt --editable ".[bench]"
+	@touch $@
+
+bench: $(VENV)/bench
 	$(BIN)/python -m pytest tests/benchmarks --benchmark-enable --benchmark-disable-gc -s -q --override-ini addopts=
 
 clean:

@@ -16,7 +16,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from dynkit.errors import NotFound, StorageError
+from dynkit.errors import Conflict, NotFound, StorageError
 
 __all__ = [
     "Catalog",
@@ -144,13 +144,19 @@ class Catalog:
     root : path or None
         The workspace directory, made when missing. None means ``$DYNKIT_WORKSPACE``, else ``./dynkit-workspace``.
 
+    storage : str or None
+        URL such as ``s3://bucket/prefix`` where the datasets are; None means where the workspace was made with, at
+        first the directory itself.
+
     Raises
     ------
     StorageError
         When the directory cannot be made or written, the catalog is damaged or of another schema version.
+    Conflict
+        When the workspace keeps its datasets elsewhere.
     """
 
-    def __init__(self, root: str | os.PathLike[str] | None = None) -> None:
+    def __init__(self, root: str | os.PathLike[str] | None = None, storage: str | None = None) -> None:
         self.root = self.locate(root)
         try:
             self.root.mkdir(parents=True, exist_ok=True)
@@ -159,7 +165,7 @@ class Catalog:
         self._engine = sa.create_engine(f"sqlite:///{self.root / _FILE}")
         sa.event.listen(self._engine, "connect", _configure)
         sa.event.listen(self._engine, "begin", _begin)
-        self._prepare()
+        self._prepare(storage)
 
     @staticmethod
     def locate(root: str | os.PathLike[str] | None = None) -> Path:
@@ -182,21 +188,29 @@ class Catalog:
     def __reduce__(self) -> tuple[type["Catalog"], tuple[str]]:
         return Catalog, (str(self.root),)
 
-    def _prepare(self) -> None:
+    def _prepare(self, storage: str | None) -> None:
         with self.read() as connection:
             found = sa.inspect(connection).has_table("info")
         if not found:
             with self.write() as connection:
                 _metadata.create_all(connection)  # checks each table first: two first openers are fine
                 connection.execute(
-                    sa.insert(_info).prefix_with("OR IGNORE"), {"key": "schema", "value": str(SCHEMA_VERSION)}
+                    sa.insert(_info).prefix_with("OR IGNORE"),
+                    [{"key": "schema", "value": str(SCHEMA_VERSION)}, {"key": "storage", "value": storage or ""}],
                 )
         with self.read() as connection:
-            version = connection.scalar(sa.select(_info.c.value).where(_info.c.key == "schema"))
+            info = {row.key: row.value for row in connection.execute(sa.select(_info))}
+        version = info.get("schema")
         if version != str(SCHEMA_VERSION):
             raise StorageError(
                 f"the workspace {self.root} has catalog schema {version}; this dynkit reads {SCHEMA_VERSION}: "
                 "install the dynkit release that wrote it, or use another workspace"
+            )
+        self.storage: str | None = info.get("storage") or None
+        if storage is not None and storage != self.storage:
+            raise Conflict(
+                f"the workspace {self.root} keeps its datasets in {self.storage or 'its own folder'}, not in "
+                f"{storage}; use another folder"
             )
 
     @contextmanager

@@ -1,7 +1,7 @@
 """A Workspace opens everything below it by name: datasets, runs, models, lineage."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import sqlalchemy as sa
 
 from dynkit import catalog as tables
 from dynkit.catalog import Catalog
-from dynkit.data import Dataset
+from dynkit.data import Dataset, create, ingest
 from dynkit.lineage import Lineage
 from dynkit.models import ModelStore
 from dynkit.pipeline import Pipeline, Run, Runs
@@ -24,6 +24,10 @@ class Workspace:
     ----------
     path : path or None
         Made when missing; None means ``$DYNKIT_WORKSPACE``, else ``./dynkit-workspace``. It must be on a local disk.
+    storage : str or None
+        URL of an S3-protocol bucket, such as ``s3://bucket/prefix``, to keep the samples in (``pip install
+        'dynkit[s3]'``; keys, region and endpoint from the usual ``AWS_*`` variables); catalog, models and a read cache
+        stay in the directory. Given once: the workspace remembers it.
 
     Raises
     ------
@@ -38,8 +42,8 @@ class Workspace:
     ([], [])
     """
 
-    def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
-        self.catalog = Catalog(path)
+    def __init__(self, path: str | os.PathLike[str] | None = None, *, storage: str | None = None) -> None:
+        self.catalog = Catalog(path, storage)
         self.models = ModelStore(self.catalog)
         self.lineage = Lineage(self.catalog)
 
@@ -51,30 +55,74 @@ class Workspace:
     def __repr__(self) -> str:
         return f"Workspace({str(self.path)!r}, datasets={self.datasets()}, runs={len(self.runs())})"
 
+    def create_dataset(
+        self,
+        name: str,
+        fields: Mapping[str, Any],
+        *,
+        label: Any = None,
+        columns: Mapping[str, str] | None = None,
+        compression: str = "auto",
+    ) -> Dataset:
+        """Make a dataset without samples; `Dataset.append` adds them. One that is there and equal is opened.
+
+        Parameters
+        ----------
+        name : str
+        fields : mapping of name to kind
+            ``("uint8", (3, 32, 32))`` is an array per sample, ``("int32", (None,))`` a sequence of any length,
+            ``"bytes"`` anything, ``("image", (3, 224, 224))`` an encoded image that is resized when read, and a NumPy
+            structured dtype a record whose names become fields of a batch.
+        label : str, tuple or None
+            ``"int64"``, ``"float32"``, ``"str"`` (classes), or a dtype and shape: ``("float32", (5,))``.
+        columns : mapping of name to type
+            Scalar columns that policies see: ``"str"``, ``"bool"``, ``"int64"``, ``"float32"``, ``"float64"``.
+        compression : str
+            ``"none"``: read at memory speed. ``"zstd"``, ``"lz4"``, ``"gzip"``: smaller. ``"auto"``: none on a local
+            disk, zstd on remote storage. Values of varying length stay as they are.
+
+        Raises
+        ------
+        InvalidInput, Conflict
+        """
+        return create(self.catalog, name, fields, label=label, columns=columns, compression=compression)
+
     def ingest(
         self,
         name: str,
         data: Any,
         *,
-        timestamp: str,
-        label: str | None = None,
+        timestamp: Any = None,
+        label: Any = None,
         features: Sequence[str] | None = None,
+        compression: str = "auto",
+        progress: bool | None = None,
     ) -> Dataset:
         """Make a dataset of its first samples; a cell that does it again with the same samples gets it back.
+
+        What is larger than memory is read in pieces; all of it becomes one version, or nothing.
 
         Parameters
         ----------
         name : str
-        data : frame or mapping of name to array
-            Polars, or anything with the Arrow stream interface; arrays of two and more dimensions become fields of
-            their own, such as ``x`` of shape (N, 3, 32, 32).
-        timestamp : str
-            Column of datetimes (naive ones are UTC). Rows may come in any order.
-        label : str or None
-            Column of integers, booleans or floats.
+        data : frame, mapping, path, dataset or iterable
+            A Polars (lazy) frame or anything with the Arrow stream interface (pandas, pyarrow); a mapping of name to
+            array (NumPy, torch, Zarr); a file (Parquet, CSV, Arrow, NDJSON, npz), a folder of them, of images or a
+            Zarr group; a torch or Hugging Face dataset; an iterator of frames or mappings. What is more than one
+            number or text per sample becomes a field of its own: arrays, lists, bytes, images.
+        timestamp : str, array or None
+            Column of datetimes (naive ones are UTC), or the times themselves; None means the column ``timestamp``
+            (of images in a folder, when the file was last changed). Rows may come in any order.
+        label : str, list of str, array or None
+            Column of numbers, booleans or text; several columns of numbers; or the labels themselves. Null (and NaN)
+            is a label that is not known yet.
         features : list of str or None
-            Numeric and boolean columns that become the float32 field ``x`` of shape (F,). None means all others. The
-            columns left over stay in the table, where policies see them.
+            Numeric and boolean columns that become the float32 field ``x`` of shape (F,). None means all others when
+            there are no fields otherwise. The columns left over stay in the table, where policies see them.
+        compression : str
+            As in `create_dataset`.
+        progress : bool or None
+            Show a bar with the time left; None: in a terminal.
 
         Raises
         ------
@@ -83,7 +131,16 @@ class Workspace:
         Conflict
             When the name is taken by other samples.
         """
-        return Dataset.create(self.catalog, name, data, timestamp=timestamp, label=label, features=features)
+        return ingest(
+            self.catalog,
+            name,
+            data,
+            timestamp=timestamp,
+            label=label,
+            features=features,
+            compression=compression,
+            progress=progress,
+        )
 
     def dataset(self, name: str) -> Dataset:
         """Open a dataset.

@@ -11,14 +11,9 @@ import polars as pl
 import pytest
 import torch
 import zarr
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from streams import START, make_frame
 
 import dynkit as dk
-from dynkit.data import segments
 from dynkit.errors import Conflict, InvalidInput, NotFound, StorageError
 
 
@@ -88,15 +83,16 @@ def bad(**changes: object) -> pl.DataFrame:
         (bad(when=pl.lit(5)), {}, "is Int32, not a datetime"),
         (bad(when=pl.lit(5).cast(pl.Int64)), {}, "convert it first: pl.from_epoch"),
         (bad(when=pl.lit(dt.datetime(3000, 1, 1))), {}, "outside the years 1677 to 2262"),
-        (bad(late=pl.lit("yes")), {}, "label column 'late' is String; encode it as numbers"),
-        (bad(late=pl.lit(None, pl.Int64)), {}, "label column 'late' has 10 null values"),
-        (bad(late=pl.lit(float("nan"))), {}, "label column 'late' has 10 NaN values"),
+        (bad(late=None), {}, "label column 'late' has no values"),
+        (bad(late=pl.lit("1.5").str.to_decimal(scale=2)), {}, "label column 'late' is Decimal"),
+        (bad(late=pl.lit(2**70, pl.Int128)), {}, "label column 'late' has values beyond 64 bits"),
         (bad(a=pl.lit("EWR")), {}, "feature column 'a' is String, not a number; encode it"),
         (bad(a=pl.lit(None, pl.Float64)), {}, "feature column 'a' has 10 null values; fill them first"),
         (bad(a=pl.lit(float("nan"))), {}, "feature column 'a' has 10 values that are NaN"),
         (bad(a=pl.lit(1e300)), {}, "too large for float32"),
         (bad(key=pl.lit(1)), {"features": ["a"]}, "'key' is the name of a column that dynkit adds"),
-        (bad(deep=pl.concat_list("a", "b")), {"features": ["a"]}, "column 'deep' is List"),
+        (bad(deep=pl.concat_list(pl.lit("a"), pl.lit("b"))), {"features": ["a"]}, "column 'deep' is List"),
+        (bad(deep=pl.concat_list("a", pl.lit(None))), {"features": ["a"]}, "field column 'deep' has 10 null values"),
         (bad(none=None), {"features": ["a"]}, "column 'none' is Null"),
         (bad(price=pl.lit("1.5").str.to_decimal(scale=2)), {"features": ["a"]}, "column 'price' is Decimal"),
         ({"when": [START], "x": np.zeros((1, 2), dtype=np.longdouble), "late": [1]}, {}, "fields hold booleans"),
@@ -147,7 +143,7 @@ def test_the_same_ingest_again_is_the_same_dataset_and_another_is_refused(
 def test_versions_stay_readable_and_read_only(dataset: dk.Dataset) -> None:
     before = dataset.table()
     later = make_frame(100, seed=1, start=START + dt.timedelta(hours=1))
-    assert dataset.append(later) == 2
+    assert dataset.append(later).tolist() == list(range(3000, 3100))
     assert (dataset.version, len(dataset), len(dataset.at(1))) == (2, 3100, 3000)
     assert dataset.at(1).table().equals(before)
     assert dataset.table()["timestamp"].is_sorted()
@@ -180,8 +176,11 @@ def test_labels_of_every_number_type_are_read(ws: dk.Workspace, dtype: pl.DataTy
     ("frame", "message"),
     [
         (make_frame(10).drop("c"), "no column 'c'"),
-        (make_frame(10).with_columns(d=pl.lit(1)), "column 'd': dataset 'stream' has no such one"),
-        (make_frame(10).with_columns(pl.col("late").cast(pl.Float64)), "label: dataset 'stream' has"),
+        (make_frame(10).with_columns(d=pl.lit(1)), "column 'd': the dataset has no such one"),
+        (
+            make_frame(10).with_columns(pl.col("late").cast(pl.Float64)),
+            "label: the dataset has int64, the new samples float64",
+        ),
     ],
 )
 def test_appending_other_columns_is_refused(dataset: dk.Dataset, frame: pl.DataFrame, message: str) -> None:
@@ -238,31 +237,18 @@ def test_two_processes_appending_at_once_lose_nothing(ws: dk.Workspace, dataset:
         assert len(dataset.at(version)) == 3000 + 20 * (version - 1)
 
 
-def test_a_writer_killed_before_its_commit_leaves_no_version(ws: dk.Workspace, dataset: dk.Dataset) -> None:
-    code = (
-        f"import sys, os; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "from streams import make_frame\nimport dynkit as dk\nfrom dynkit.data import dataset as module\n"
-        "module._publish = lambda *_: os.kill(os.getpid(), 9)\n"
-        f"dk.Workspace({str(ws.path)!r}).dataset('stream').append(make_frame(20, seed=5))"
-    )
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
-    assert len(list((ws.path / "datasets/stream/segments").glob("*.zarr"))) == 2  # the orphan is there, and invisible
-    assert (dataset.version, len(dataset)) == (1, 3000)
-    assert dataset.append(make_frame(20, seed=5)) == 2
-
-
 def test_damage_on_disk_is_told_with_the_file(ws: dk.Workspace, dataset: dk.Dataset) -> None:
     folder = ws.path / "datasets/stream"
     shard = next((folder / "segments").glob("*.zarr/x/c/0/0"))
     content = shard.read_bytes()
     shard.write_bytes(content[:100])
-    with pytest.raises(StorageError, match="field 'x' of segment"):
+    with pytest.raises(StorageError, match=r"shard .*x/c/0/0 is cut short: 100 bytes"):
         ws.dataset("stream").read([0])
     shard.unlink()
-    with pytest.raises(StorageError, match="field 'x' of segment"):
+    with pytest.raises(StorageError, match=r"shard .*x/c/0/0 cannot be read: No such file"):
         ws.dataset("stream").read([0])
     next((folder / "segments").glob("*.arrow")).write_bytes(b"nothing")
-    with pytest.raises(StorageError, match="segment index"):
+    with pytest.raises(StorageError, match=r"index .* cannot be read"):
         ws.dataset("stream").table()
     (folder / "versions/00000001.json").write_text(json.dumps({"format": 99}))
     with pytest.raises(StorageError, match="format 99"):
@@ -272,82 +258,3 @@ def test_damage_on_disk_is_told_with_the_file(ws: dk.Workspace, dataset: dk.Data
 def test_a_segment_is_plain_zarr(ws: dk.Workspace, dataset: dk.Dataset) -> None:
     path = next((ws.path / "datasets/stream/segments").glob("*.zarr"))
     np.testing.assert_array_equal(zarr.open_group(path, mode="r")["x"][:], dataset.read(range(3000))["x"].numpy())
-
-
-ARRAYS = hnp.arrays(
-    dtype=st.sampled_from(["uint8", "int16", "int64", "float32", "float64", "bool"]),
-    shape=st.tuples(st.integers(1, 400), st.integers(1, 5)),
-    elements=st.integers(0, 1),
-)
-
-
-@given(ARRAYS, st.data())
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_mapped_shards_hold_what_was_written(
-    tmp_path_factory: pytest.TempPathFactory, array: np.ndarray, data: st.DataObject
-) -> None:
-    path = tmp_path_factory.mktemp("segment") / "s.zarr"
-    with pytest.MonkeyPatch.context() as patch:  # small sizes, so that a few rows make several chunks and shards
-        patch.setattr(segments, "_CHUNK_BYTES", data.draw(st.integers(1, 2000)))
-        patch.setattr(segments, "_SHARD_BYTES", data.draw(st.integers(1, 5000)))
-        segments.write_fields(path, {"f": array})
-    shards = segments.open_field(path, "f")
-    np.testing.assert_array_equal(torch.cat(shards).numpy(), array)
-
-
-def test_arrays_of_other_writers_are_decoded(tmp_path: Path) -> None:
-    array = np.random.default_rng(0).normal(size=(500, 3)).astype(np.float32)
-    group = zarr.open_group(tmp_path / "s.zarr", mode="w", zarr_format=3)
-    group.create_array("zstd", data=array, chunks=(64, 3), shards=(256, 3))
-    group.create_array("flat", data=array, chunks=(64, 3), compressors=None)
-    group.create_array("wide", data=array, chunks=(64, 1), shards=(256, 3), compressors=None)
-    for name in ("zstd", "flat", "wide"):
-        np.testing.assert_array_equal(torch.cat(segments.open_field(tmp_path / "s.zarr", name)).numpy(), array)
-
-
-class Growing(RuleBasedStateMachine):
-    """Appends and reads against a plain dictionary of key to sample."""
-
-    @initialize()
-    def start(self) -> None:
-        import tempfile
-
-        self.folder = tempfile.TemporaryDirectory()
-        self.model: dict[int, tuple[dt.datetime, float, int]] = {}
-        self.states: list[int] = []
-        self.dataset: dk.Dataset | None = None
-
-    @rule(hours=st.lists(st.integers(0, 50), min_size=1, max_size=12), seed=st.integers(0, 99))
-    def append(self, hours: list[int], seed: int) -> None:
-        values = np.random.default_rng(seed).normal(size=len(hours)).astype(np.float32)
-        times = [START + dt.timedelta(hours=hour) for hour in hours]
-        frame = pl.DataFrame({"when": times, "f": values, "y": [hour % 2 for hour in hours]})
-        if self.dataset is None:
-            self.dataset = dk.Workspace(self.folder.name).ingest("s", frame, timestamp="when", label="y")
-        else:
-            self.dataset.append(frame)
-        first = len(self.model)
-        for i, row in enumerate(sorted(frame.iter_rows(), key=lambda row: row[0])):
-            self.model[first + i] = row
-        self.states.append(len(self.model))
-
-    @invariant()
-    def reads_are_the_dictionary(self) -> None:
-        if not getattr(self, "dataset", None):
-            return
-        assert self.dataset is not None
-        order = sorted(self.model, key=lambda key: (self.model[key][0], key))
-        table = self.dataset.table()
-        assert table["key"].to_list() == order
-        assert table["label"].to_list() == [self.model[key][2] for key in order]
-        shuffled = np.random.default_rng(0).permutation(order)
-        assert self.dataset.read(shuffled)["x"][:, 0].tolist() == [self.model[int(key)][1] for key in shuffled]
-        assert [len(self.dataset.at(i + 1)) for i in range(len(self.states))] == self.states
-
-    def teardown(self) -> None:
-        if hasattr(self, "folder"):
-            self.folder.cleanup()
-
-
-TestGrowing = Growing.TestCase
-TestGrowing.settings = settings(max_examples=12, stateful_step_count=6, deadline=None)

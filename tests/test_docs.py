@@ -7,9 +7,13 @@ import numpy as np
 import polars as pl
 import pytest
 
+import dynkit as dk
+
 DOCS = Path(__file__).parents[1] / "docs"
-GUIDE = (DOCS / "guides/bring-your-own-data.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL)
+
+
+def blocks_of(guide: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (DOCS / "guides" / guide).read_text(), re.DOTALL)
 
 
 def readings(start: str, rows: int) -> pl.DataFrame:
@@ -28,7 +32,7 @@ def test_the_guide_takes_a_users_csv_and_arrays_through_all_steps(
     readings("2024-01-01T00:00", 1000).write_csv("readings.csv")
     readings("2024-03-01T00:00", 50).write_csv("more.csv")
     results = []
-    for block in BLOCKS:
+    for block in blocks_of("bring-your-own-data.md"):
         assert len([line for line in block.splitlines() if line.strip()]) < 15
         body, last = block.strip().rsplit("\n", 1)
         names: dict[str, object] = {"__name__": "__main__"}
@@ -38,6 +42,15 @@ def test_the_guide_takes_a_users_csv_and_arrays_through_all_steps(
     assert curve["value"].tail(1).item() > 0.5
     assert scores["metric"].to_list() == ["accuracy"]
     assert (version, rows) == (2, 1000)
+
+
+def test_the_guide_of_growing_data_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    readings("2024-01-01T00:00", 1000).write_csv("readings.csv")
+    readings("2024-03-01T00:00", 50).write_csv("more.csv")
+    for block in blocks_of("data-that-grows.md"):
+        exec(block, {"__name__": "__main__"})
+    assert len(dk.Workspace("my-workspace").dataset("sensor")) == 1050
 
 
 def test_links_between_pages_lead_somewhere() -> None:

@@ -197,6 +197,7 @@ def test_the_matrix_is_what_a_plain_loop_finds(dataset: dk.Dataset) -> None:
             {name: model.state_dict() for name, model in models.items()},
             windows,
             dataset.open(),
+            dataset.table(),
             [Accuracy()],
             device=torch.device("cpu"),
             batch_size=100,
@@ -216,8 +217,13 @@ def test_the_matrix_is_what_a_plain_loop_finds(dataset: dk.Dataset) -> None:
 def test_every_window_is_read_once_for_all_models(dataset: dk.Dataset) -> None:
     version = dataset.open()
     read: list[int] = []
-    gather = version.gather
-    version.gather = lambda keys: (read.extend(keys.tolist()), gather(keys))[1]  # type: ignore[method-assign]  # counts
+    gather = version.gather_stored
+
+    def counted(keys: np.ndarray, *more: object) -> object:
+        read.extend(keys.tolist())
+        return gather(keys, *more)  # type: ignore[arg-type]
+
+    version.gather_stored = counted  # type: ignore[assignment,method-assign]
     windows = dk.windows.Tumbling("2d")(
         testing.StreamView(
             start_ns=int(dataset.table()["timestamp"].dt.epoch("ns")[0]),
@@ -225,7 +231,8 @@ def test_every_window_is_read_once_for_all_models(dataset: dk.Dataset) -> None:
         )
     )
     states = {f"m{i}": make_model().state_dict() for i in range(4)}
-    list(evaluate(make_model(), states, windows, version, [Accuracy()], device=torch.device("cpu"), batch_size=50))
+    options = {"device": torch.device("cpu"), "batch_size": 50}
+    list(evaluate(make_model(), states, windows, version, version.table, [Accuracy()], **options))  # type: ignore[arg-type]
     assert sorted(read) == list(range(3000))
 
 

@@ -25,11 +25,12 @@ from torch import nn
 import dynkit as dk
 from dynkit import testing
 from dynkit.catalog import runs
+from dynkit.data import Batches
 from dynkit.errors import Conflict, InvalidInput, NotFound, PolicyError, StorageError, TrainingError, WaitTimeout
 from dynkit.pipeline.owner import Owner
 from dynkit.pipeline.replay import replay
 from dynkit.pipeline.worker import _pipeline
-from dynkit.training import Batches, FitContext, fit, seeded
+from dynkit.training import FitContext, fit, seeded
 
 
 def same(a: dk.Run, b: dk.Run) -> bool:
@@ -87,7 +88,7 @@ def test_a_run_does_what_a_hand_written_loop_does(dataset: dk.Dataset) -> None:
             cpu = torch.device("cpu")
             fit(
                 model,
-                Batches(dataset.open(), keys, batch_size=64, device=cpu, shuffle_seed=seed),
+                Batches(dataset.open(), keys, batch_size=64, device=cpu, shuffle=True, seed=seed),
                 FitContext(training, cpu),
             )
         state = model.state_dict()

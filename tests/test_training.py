@@ -12,8 +12,9 @@ from streams import make_frame, make_model
 from torch import nn
 
 import dynkit as dk
+from dynkit.data import Batches
 from dynkit.errors import InvalidInput, TrainingError
-from dynkit.training import Batches, FitContext, Training, fit, resolve_device, seeded
+from dynkit.training import FitContext, Training, fit, resolve_device, seeded
 
 CPU = torch.device("cpu")
 
@@ -25,9 +26,11 @@ def test_an_epoch_hands_out_every_sample_once(
 ) -> None:
     keys = np.random.default_rng(seed).choice(3000, n, replace=False)
     weights = keys.astype(np.float32)
-    batches = Batches(dataset.open(), keys, weights=weights, batch_size=size, device=CPU, shuffle_seed=seed)
+    batches = Batches(
+        dataset.open(), keys, weights=weights, batch_size=size, device=CPU, shuffle=True, seed=seed, last="join"
+    )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dynkit.training.loader._SUPER_BATCH_BYTES", super_bytes)
+        patch.setattr("dynkit.data.batches._SUPER_BATCH_BYTES", super_bytes)
         epochs = [list(batches) for _ in range(2)]
     truth = dataset.read(keys)
     sample_of = {float(w): x for w, x in zip(weights, truth["x"], strict=True)}
@@ -52,7 +55,9 @@ def trained(
     with seeded(0):
         model = make_model() if model is None else model
         keys = np.arange(500)
-        batches = Batches(dataset.open(), keys, batch_size=training.batch_size, device=CPU, shuffle_seed=1, **more)
+        batches = Batches(
+            dataset.open(), keys, batch_size=training.batch_size, device=CPU, shuffle=True, seed=1, **more
+        )
         validation = (
             Batches(dataset.open(), np.arange(500, 700), batch_size=64, device=CPU) if training.validation else None
         )

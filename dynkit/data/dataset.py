@@ -1,40 +1,71 @@
-"""A Dataset by name: append, look at its table, read samples, go back to an earlier version.
+"""A Dataset by name: append, delete, label, read, go back to an earlier version.
 
-Committing a version is creating ``versions/<n>.json`` exclusively. Until then a segment is invisible, so a crash
-leaves only files that nothing refers to; of two writers that reach the same number one loses and commits the same
-segment on the new head instead. Nothing is ever changed in place.
+Committing a version is creating ``versions/<n>.json`` exclusively. Until then new files are invisible, so a crash
+leaves only files that nothing refers to. Nothing is ever changed in place.
 """
 
-import dataclasses
-import json
-import os
+import datetime as dt
 import re
-import secrets
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import polars as pl
 import sqlalchemy as sa
 
 from dynkit.catalog import Catalog, datasets
-from dynkit.data.ingest import Prepared, prepare
-from dynkit.data.segments import write_fields
+from dynkit.data import live, manifest, writing
+from dynkit.data.batches import Batches
+from dynkit.data.hashing import hash_rows
+from dynkit.data.iterable import IterableSamples
+from dynkit.data.labels import label_series
+from dynkit.data.prepare import prepare_all, roles_of
+from dynkit.data.sources import blocks, progress_bar
+from dynkit.data.splits import in_split, select_rows, split_rule
+from dynkit.data.store import open_store
 from dynkit.data.version import Version
-from dynkit.disk import flush, flush_tree
-from dynkit.errors import Conflict, InvalidInput, NotFound, StorageError, did_you_mean
-from dynkit.time import Instant, IntArray, to_ns
+from dynkit.errors import Conflict, InvalidInput, NotFound, did_you_mean
+from dynkit.time import Instant, IntArray, to_datetime, to_ns
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Dataset", "check_name"]
+__all__ = ["Dataset", "Diff", "VersionInfo", "as_keys", "check_name"]
 
-_FORMAT = 1
-_EMPTY: dict[str, Any] = {"segments": [], "next_key": 0}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+Keys = np.ndarray[tuple[int], np.dtype[np.uint64]]
+
+
+class VersionInfo(NamedTuple):
+    """One version in the list of `Dataset.versions`; `Dataset.at` takes it."""
+
+    number: int
+    created: dt.datetime
+    operation: str
+    samples: int
+
+
+class Versions(tuple[VersionInfo, ...]):
+    """Versions, oldest first; a table in a notebook."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return repr(pl.DataFrame(list(self), schema=VersionInfo._fields, orient="row"))
+
+    def _repr_html_(self) -> str:
+        return pl.DataFrame(list(self), schema=VersionInfo._fields, orient="row")._repr_html_()
+
+
+class Diff(NamedTuple):
+    """What a later version has that an earlier has not: keys, each (N,) uint64, sorted."""
+
+    added: Keys
+    removed: Keys
+    relabeled: Keys
 
 
 def check_name(name: str, what: str) -> str:
@@ -47,7 +78,7 @@ def check_name(name: str, what: str) -> str:
 
 
 class Dataset:
-    """A growing, versioned collection of samples; opened by `Workspace.dataset` or made by `Workspace.ingest`.
+    """A growing, versioned collection of samples; opened by `Workspace.dataset`, made by `ingest` or `create_dataset`.
 
     Parameters
     ----------
@@ -58,18 +89,18 @@ class Dataset:
 
     Examples
     --------
-    >>> import polars as pl, dynkit as dk, tempfile, datetime as dt
+    >>> import numpy as np, dynkit as dk, tempfile
     >>> ws = dk.Workspace(tempfile.mkdtemp())
-    >>> day = pl.datetime_range(dt.datetime(2013, 1, 1), dt.datetime(2013, 1, 3), "1d", eager=True)
-    >>> ds = ws.ingest("tiny", pl.DataFrame({"t": day, "f": [1, 2, 3], "y": [0, 1, 0]}), timestamp="t", label="y")
-    >>> len(ds), ds.version, ds.read([2, 0])["x"].tolist()
-    (3, 1, [[3.0], [1.0]])
+    >>> ds = ws.create_dataset("tiny", fields={"x": ("uint8", (2,))}, label="int64")
+    >>> keys = ds.append(x=np.array([[1, 2], [3, 4]], np.uint8), timestamp=np.array([10, 20]), label=np.array([0, 1]))
+    >>> keys.tolist(), len(ds), ds.read(keys[::-1])["x"].tolist()
+    ([0, 1], 2, [[3, 4], [1, 2]])
     """
 
     def __init__(self, catalog: Catalog, name: str, version: int | None = None) -> None:
         self.catalog = catalog
         self.name = check_name(name, "dataset")
-        self._folder = catalog.root / "datasets" / name
+        self._store = open_store(catalog.root, catalog.storage, name)
         self._pinned = version
         self._opened: Version | None = None
         self.open()
@@ -94,67 +125,26 @@ class Dataset:
         """Names of all datasets of a workspace, sorted."""
         with catalog.read() as connection:
             names = connection.scalars(sa.select(datasets.c.name).order_by(datasets.c.name)).all()
-        return [name for name in names if _head(catalog.root / "datasets" / name)]
+        return [name for name in names if manifest.head(open_store(catalog.root, catalog.storage, name))]
 
-    @classmethod
-    def create(
-        cls,
-        catalog: Catalog,
-        name: str,
-        data: Any,
-        *,
-        timestamp: str,
-        label: str | None,
-        features: Sequence[str] | None,
-    ) -> "Dataset":
-        """Make a dataset of its first samples; with the very same samples again, open it instead."""
-        folder = catalog.root / "datasets" / check_name(name, "dataset")
-        prepared = prepare(data, timestamp, label, features)
-        content = prepared.content_hash()
-        if not _head(folder):
-            with catalog.write() as connection:
-                row = {"name": name, "created_ns": time.time_ns()}
-                connection.execute(sa.insert(datasets).prefix_with("OR IGNORE"), row)
-            _commit(folder, prepared, content, create=True)
-        dataset = cls(catalog, name)
-        if dataset.at(1).open().manifest["segments"][0]["content"] != content:
-            raise Conflict(
-                f"dataset {name!r} exists with other samples ({len(dataset)} in version {dataset.version}); "
-                f"add to it with ws.dataset({name!r}).append(...), or choose another name"
-            )
-        return dataset
+    # ---- changing it ----
 
-    @property
-    def version(self) -> int:
-        """Number of the version that reads see."""
-        return _head(self._folder) if self._pinned is None else self._pinned
-
-    @property
-    def schema(self) -> dict[str, Any]:
-        """Source columns and fields: timestamp, label, features, columns, fields."""
-        return self.open().schema
-
-    def at(self, version: int) -> "Dataset":
-        """Return the dataset as it was in `version`, read-only.
-
-        Raises
-        ------
-        NotFound
-        """
-        return Dataset(self.catalog, self.name, version)
-
-    def append(self, data: Any) -> int:
-        """Add samples and commit a new version; columns are used as in the first ingest.
+    def append(self, data: Any = None, /, *, progress: bool | None = None, **columns: Any) -> Keys:
+        """Add samples and commit a new version.
 
         Parameters
         ----------
-        data : frame or mapping of arrays
-            The same columns as before, in any order; rows in any order of time.
+        data : frame, mapping, path, dataset or iterator of blocks
+            As in `Workspace.ingest`; the same columns as before, rows in any order of time.
+        progress : bool or None
+        **columns
+            Instead of `data`: arrays by name. ``timestamp`` are datetimes or int64 nanoseconds since 1970 UTC;
+            ``label`` may be left out and come later.
 
         Returns
         -------
-        int
-            The new version.
+        (N,) uint64
+            The new keys, in the order of the samples as given.
 
         Raises
         ------
@@ -163,15 +153,217 @@ class Dataset:
         Conflict
             When this is an earlier version.
         """
+        self._writable("append")
+        if (data is None) == (not columns):
+            raise InvalidInput("give either one block of data or columns by name: append(x=..., timestamp=...)")
+        source, total = blocks(columns if data is None else data)
+        while True:
+            schema = self.schema
+            prepared = prepare_all(source, roles_of(schema), schema)
+            with progress_bar(f"append to {self.name}", total, progress) as done:
+                try:
+                    _, keys = writing.append(self._store, prepared, codec=schema["compression"], done=done)
+                    return keys().astype(np.uint64)
+                except writing.ClassesChanged:
+                    if isinstance(data, Iterator):
+                        raise
+            source, total = blocks(columns if data is None else data)
+
+    def delete(self, which: Any) -> int:
+        """Commit a version without these samples; earlier versions keep them until `compact` erases them.
+
+        Parameters
+        ----------
+        which : keys or pl.Expr
+            A condition on the table's columns, or keys.
+
+        Returns
+        -------
+        int
+            The new version.
+
+        Raises
+        ------
+        NotFound
+            When a key is not there (any more).
+        """
+        self._writable("delete")
+        if isinstance(which, pl.Expr):
+
+            def find(head: Version) -> IntArray:
+                return as_keys(head.table.filter(select_rows(head.table, which)))
+
+            return writing.delete(self._store, find)
+        keys = as_keys(which)
+        return writing.delete(self._store, lambda head: keys)
+
+    def label(self, keys: Any, labels: Any) -> int:
+        """Commit a version in which these samples have these labels, whether they had one or not.
+
+        Parameters
+        ----------
+        keys : (N,) int
+        labels : (N, ...) array or sequence
+            Of the dataset's label type.
+
+        Returns
+        -------
+        int
+            The new version.
+        """
+        self._writable("label")
+        known = self.schema["label"]
+        if known is None:
+            raise InvalidInput(f"dataset {self.name!r} has no label; make it with label=...")
+        keys = as_keys(keys)
+        values = pl.Series("label", labels.detach().cpu().numpy() if hasattr(labels, "detach") else labels)
+        if not len(values):
+            return self.version
+        series, given = label_series("label", values.fill_nan(None) if values.dtype.is_float() else values)
+        if len(series) != len(keys):
+            raise InvalidInput(f"{len(keys)} keys and {len(series)} labels")
+        if series.null_count():
+            raise InvalidInput(f"{series.null_count()} of the labels are null; give only those that are known")
+        fits = given["shape"] == known["shape"] and (given["classes"] is None) == (known["classes"] is None)
+        if not fits or given["dtype"].startswith("float") > known["dtype"].startswith("float"):
+            raise InvalidInput(
+                f"labels are {series.dtype}; dataset {self.name!r} has {known['dtype']} {known['shape']}"
+            )
+        return writing.relabel(self._store, keys, series)
+
+    def compact(self, *, erase: bool = False) -> int:
+        """Rewrite small segments and those with deleted samples; return the new version.
+
+        Parameters
+        ----------
+        erase : bool
+            Also delete all earlier versions, so that the bytes of deleted samples and replaced labels are nowhere
+            under the dataset any more.
+        """
+        self._writable("compact")
+        return writing.compact(self._store, self.schema["compression"], erase=erase)
+
+    def gc(self) -> list[str]:
+        """Delete files that no version refers to, which an interrupted writer left; return their paths."""
+        return writing.collect_garbage(self._store)
+
+    def verify(self) -> None:
+        """Compare every file of every version with its hash.
+
+        Raises
+        ------
+        StorageError
+            Names each file that is missing or damaged.
+        """
+        writing.verify(self._store)
+
+    def split(
+        self,
+        name: str,
+        *,
+        fraction: float | None = None,
+        where: pl.Expr | None = None,
+        seed: int = 0,
+        holdout: bool = False,
+    ) -> int:
+        """Declare a named part, also of samples to come; commit it as a version.
+
+        Parameters
+        ----------
+        name : str
+        fraction : float or None
+            This share, drawn by a hash of the key.
+        where : pl.Expr or None
+            A condition on the table's columns instead.
+        seed : int
+            Of the hash.
+        holdout : bool
+            No training of a pipeline gets these samples; evaluate on them with ``Evaluation(split=name)``.
+
+        Returns
+        -------
+        int
+            The version from which on it is known.
+        """
+        self._writable("split")
+        check_name(name, "split")
+        rule = split_rule(fraction, where, seed, holdout=holdout)
+        if where is not None:
+            select_rows(self.open().table.head(1), where)
+        return writing.set_split(self._store, name, rule) or self.version
+
+    def _writable(self, what: str) -> None:
         if self._pinned is not None:
-            raise Conflict(f"version {self._pinned} of {self.name!r} is fixed; append to ws.dataset({self.name!r})")
-        schema = self.schema
-        label = schema["label"]["name"] if schema["label"] else None
-        prepared = prepare(data, schema["timestamp"], label, schema["features"] or None)
-        _check_schema(self.name, schema, prepared)
-        order = ["timestamp", *(["label"] if label is not None else []), *schema["columns"]]
-        prepared = dataclasses.replace(prepared, index=prepared.index.select(order), schema=schema)
-        return _commit(self._folder, prepared, prepared.content_hash(), create=False)
+            raise Conflict(f"version {self._pinned} of {self.name!r} is fixed; {what} with ws.dataset({self.name!r})")
+
+    # ---- versions ----
+
+    @property
+    def version(self) -> int:
+        """Number of the version that reads see."""
+        return manifest.head(self._store) if self._pinned is None else self._pinned
+
+    @property
+    def schema(self) -> dict[str, Any]:
+        """Source columns and fields: timestamp, label, features, columns, fields, compression."""
+        return self.open().schema
+
+    @property
+    def splits(self) -> dict[str, Any]:
+        """Rules of the named splits."""
+        return dict(self.open().manifest["splits"])
+
+    def versions(self) -> Versions:
+        """Return all versions, oldest first: number, created, operation, samples."""
+        found = []
+        for number in manifest.numbers(self._store):
+            with suppress(NotFound):  # erased meanwhile
+                version = Version(self._store, manifest.load(self._store, number))
+                created = to_datetime(version.manifest["created_ns"])
+                found.append(VersionInfo(number, created, version.manifest["operation"], version.rows))
+        return Versions(found)
+
+    def at(self, version: int | VersionInfo | Instant) -> "Dataset":
+        """Return the dataset as it was, read-only.
+
+        Parameters
+        ----------
+        version : int, VersionInfo, datetime, date or str
+            A number, or an instant: the newest version that was there then.
+
+        Raises
+        ------
+        NotFound
+        """
+        if isinstance(version, VersionInfo):
+            return Dataset(self.catalog, self.name, version.number)
+        if isinstance(version, int | np.integer):
+            return Dataset(self.catalog, self.name, int(version))
+        instant_ns = to_ns(version)
+        for number in reversed(manifest.numbers(self._store)):
+            if manifest.load(self._store, number)["created_ns"] <= instant_ns:
+                return Dataset(self.catalog, self.name, number)
+        raise NotFound(f"dataset {self.name!r} had no version at {version}")
+
+    def diff(self, before: Any, after: Any) -> Diff:
+        """Say which samples were added, removed and relabelled between two versions, each as `at` takes it."""
+        old, new = self.at(before).open(), self.at(after).open()
+        old_keys, new_keys = np.sort(old.keys()), np.sort(new.keys())
+        both = np.intersect1d(old_keys, new_keys, assume_unique=True)
+        relabeled = both[:0]
+        if new.label is not None:
+            labels = [
+                version.gather(both.astype(np.int64), ["label"])["label"].numpy().reshape(len(both), -1)
+                for version in (old, new)
+            ]
+            relabeled = both[~np.all((labels[0] == labels[1]) | (labels[0] != labels[0]) & (labels[1] != labels[1]), 1)]
+        return Diff(
+            np.setdiff1d(new_keys, old_keys, assume_unique=True),
+            np.setdiff1d(old_keys, new_keys, assume_unique=True),
+            relabeled,
+        )
+
+    # ---- reading ----
 
     def table(self, start: Instant | None = None, end: Instant | None = None) -> pl.DataFrame:
         """Return the samples of ``[start, end)`` in replay order: key, timestamp, label and scalar columns.
@@ -186,12 +378,20 @@ class Dataset:
         high = table.height if end is None else _position(table, to_ns(end))
         return table.slice(low, max(high - low, 0))
 
-    def read(self, keys: Any) -> "dict[str, torch.Tensor]":
+    def keys(self, *, split: str | None = None) -> Keys:
+        """Keys in time order (N,) uint64, of all samples or of one split."""
+        opened = self.open()
+        keys: Keys = opened.keys()
+        return keys if split is None else keys[in_split(opened.table, opened.manifest["splits"], split)]
+
+    def read(self, keys: Any, fields: Sequence[str] | None = None) -> "dict[str, torch.Tensor]":
         """Read fields and labels of samples by key, in the order given.
 
         Parameters
         ----------
         keys : sequence, array, Series or tensor of int (N,)
+        fields : sequence of str or None
+            Only these, and ``"label"`` only if it is among them.
 
         Returns
         -------
@@ -203,14 +403,114 @@ class Dataset:
         NotFound
             When a key is not in this version.
         """
-        return self.open().gather(as_keys(keys))
+        return self.open().gather(as_keys(keys), fields)
+
+    def batches(self, selection: Any = None, batch_size: int = 512, **options: Any) -> Batches:
+        """Iterate over samples in batches; every iteration is one epoch.
+
+        Parameters
+        ----------
+        selection : keys, frame with columns key and weight, name of a split, or None
+            None means all samples.
+        batch_size : int
+        **options
+            See `Batches`: shuffle (here True by default), seed, device, transform, fields, cache_bytes, last.
+
+        Returns
+        -------
+        Batches
+            Yields dicts of tensors.
+        """
+        keys, weights = self._selected(selection)
+        return Batches(self.open(), keys, weights=weights, batch_size=batch_size, **{"shuffle": True, **options})
+
+    def torch(self, selection: Any = None, **options: Any) -> IterableSamples:
+        """Return a torch IterableDataset for a loop of your own; see `IterableSamples`."""
+        keys, weights = self._selected(selection)
+        if weights is not None:
+            raise InvalidInput("a torch dataset has no weights; read them next to it, or use batches(selection)")
+        return IterableSamples(self.at(self.version), keys, **options)
+
+    def _selected(self, selection: Any) -> "tuple[IntArray, Any]":
+        if selection is None:
+            return as_keys(self.keys()), None
+        if isinstance(selection, str):
+            return as_keys(self.keys(split=selection)), None
+        weights = None
+        if isinstance(selection, pl.DataFrame) and "weight" in selection.columns:
+            weights = selection["weight"].cast(pl.Float32).to_numpy(writable=True)
+        return as_keys(selection), weights
+
+    def hashes(self, keys: Any = None) -> Keys:
+        """Hash the content of samples, fields and label: equal samples have equal hashes (N,) uint64."""
+        return hash_rows(self.open(), as_keys(self.keys() if keys is None else keys))
+
+    def duplicates(self) -> pl.DataFrame:
+        """Return samples with the same content as an earlier one: key, first (the key of the earliest), hash."""
+        frame = pl.DataFrame({"key": self.keys(), "hash": self.hashes()})
+        frame = frame.with_columns(first=pl.col("key").first().over("hash"))
+        return frame.filter(pl.col("key") != pl.col("first")).select("key", "first", "hash")
+
+    # ---- live ----
+
+    def follow(
+        self, since: int | None = None, *, timeout_s: float | None = None, stop: Callable[[], bool] | None = None
+    ) -> "Iterator[Dataset]":
+        """Yield every new version as it is committed, by whatever process; each pinned.
+
+        Parameters
+        ----------
+        since : int or None
+            Number of the last version that is already known; None means the present one.
+        timeout_s : float or None
+            End after this long without a new one.
+        stop : callable, optional
+            End when it returns True; asked many times a second while there is no new version.
+        """
+        for number in live.new_versions(self._store, self.version if since is None else since, timeout_s, stop):
+            with suppress(NotFound):  # erased meanwhile; a newer one comes
+                yield self.at(number)
+
+    def watch(self, folder: str | Path, pattern: str = "*", **options: Any) -> "Iterator[Dataset]":
+        """Append files that appear in a folder, each exactly once, also across restarts; yield each new version.
+
+        Parameters
+        ----------
+        folder : path
+        pattern : str
+            Of file names, such as ``"*.parquet"``.
+        **options
+            ``poll_s``: seconds between two looks; ``settle_s``: a file is read when it did not change for so long;
+            ``timeout_s``: end after so long without a new file; None never does.
+
+        Notes
+        -----
+        Which files were read is committed together with their samples. A file whose content changed is read again:
+        its samples are deleted and those of the new content appended, in one version.
+        """
+        self._writable("watch")
+        for number in live.watch(self._store, Path(folder), pattern, **options):
+            yield self.at(number)
 
     def open(self) -> Version:
         """Open the version that reads see now, to read it many times."""
         number = self.version
         if self._opened is None or self._opened.number != number:
-            self._opened = _load(self._folder, self.name, number)
+            self._opened = self._load(number)
         return self._opened
+
+    def _load(self, number: int) -> Version:
+        try:
+            return Version(self._store, manifest.load(self._store, number))
+        except NotFound:
+            known = manifest.numbers(self._store)
+            if self._pinned is None and known and known[-1] > number:
+                return self._load(known[-1])  # erased meanwhile
+        if not known:
+            raise NotFound(
+                f"no dataset {self.name!r} in {self.catalog.root}{did_you_mean(self.name, Dataset.names(self.catalog))}"
+            )
+        raise NotFound(f"dataset {self.name!r} has no version {number}; it has {known[0]} to {known[-1]}")
 
 
 def as_keys(keys: Any) -> IntArray:
@@ -225,97 +525,3 @@ def as_keys(keys: Any) -> IntArray:
 
 def _position(table: pl.DataFrame, ns: int) -> int:
     return int(table["timestamp"].to_physical().search_sorted(ns, side="left"))
-
-
-def _head(folder: Path) -> int:
-    """Newest committed version, 0 when there is none."""
-    try:
-        return max((int(path.stem) for path in (folder / "versions").iterdir() if path.suffix == ".json"), default=0)
-    except FileNotFoundError:
-        return 0
-
-
-def _load(folder: Path, name: str, number: int) -> Version:
-    path = _manifest_path(folder, number)
-    try:
-        manifest = json.loads(path.read_text())
-    except FileNotFoundError:
-        head = _head(folder)
-        if not head:
-            others = sorted(entry.name for entry in folder.parent.glob("*") if _head(entry))
-            raise NotFound(f"no dataset {name!r} in {folder.parent.parent}{did_you_mean(name, others)}") from None
-        raise NotFound(f"dataset {name!r} has no version {number}; it has 1 to {head}") from None
-    except (OSError, ValueError) as error:
-        raise StorageError(f"manifest {path} cannot be read: {error}") from error
-    if manifest.get("format") != _FORMAT:
-        raise StorageError(f"manifest {path} has format {manifest.get('format')}; this dynkit reads {_FORMAT}")
-    return Version(folder, manifest)
-
-
-def _check_schema(name: str, schema: dict[str, Any], prepared: Prepared) -> None:
-    for part in ("columns", "fields"):
-        expected, found = schema[part], prepared.schema[part]
-        for column in [*expected, *found]:
-            if expected.get(column) != found.get(column):
-                raise InvalidInput(
-                    f"{part[:-1]} {column!r}: dataset {name!r} has {expected.get(column, 'no such one')}, "
-                    f"the new samples have {found.get(column, 'no such one')}"
-                )
-    if schema["label"] != prepared.schema["label"]:
-        raise InvalidInput(f"label: dataset {name!r} has {schema['label']}, the new samples {prepared.schema['label']}")
-
-
-def _commit(folder: Path, prepared: Prepared, content: str, *, create: bool) -> int:
-    """Write a segment and publish it as the next version; return its number."""
-    for sub in ("versions", "segments"):
-        (folder / sub).mkdir(parents=True, exist_ok=True)
-    segment = secrets.token_hex(8)
-    try:
-        write_fields(folder / "segments" / f"{segment}.zarr", prepared.fields)
-        while True:
-            parent = _head(folder)
-            if create and parent:
-                return parent  # somebody else was first; the caller compares contents
-            manifest = json.loads(_manifest_path(folder, parent).read_text()) if parent else _EMPTY
-            first_key, rows = manifest["next_key"], prepared.index.height
-            keys = pl.Series("key", np.arange(first_key, first_key + rows, dtype=np.int64))
-            index = folder / "segments" / f"{segment}.arrow"
-            prepared.index.select(keys, pl.all()).write_ipc(index, compression="uncompressed")
-            entry = {"id": segment, "rows": rows, "first_key": first_key, "content": content}
-            flush_tree(folder / "segments" / f"{segment}.zarr")
-            flush(index, index.parent)
-            if _publish(
-                _manifest_path(folder, parent + 1),
-                {
-                    "format": _FORMAT,
-                    "version": parent + 1,
-                    "parent": parent or None,
-                    "created_ns": time.time_ns(),
-                    "schema": prepared.schema,
-                    "segments": [*manifest["segments"], entry],
-                    "tombstones": [],
-                    "next_key": first_key + rows,
-                },
-            ):
-                return parent + 1
-    except OSError as error:
-        raise StorageError(f"cannot write to {folder}: {error.strerror or error}; nothing was committed") from error
-
-
-def _manifest_path(folder: Path, number: int) -> Path:
-    return folder / "versions" / f"{number:08d}.json"
-
-
-def _publish(path: Path, manifest: dict[str, Any]) -> bool:
-    """Create the manifest if no other writer did; a reader sees all of it or nothing."""
-    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    draft.write_text(json.dumps(manifest, indent=1))
-    flush(draft)
-    try:
-        os.link(draft, path)  # fails when the path exists, in one step
-    except FileExistsError:
-        return False
-    finally:
-        draft.unlink()
-    flush(path.parent)
-    return True

@@ -1,98 +1,186 @@
-"""Field arrays of one segment: written once as sharded Zarr v3, read back as memory-mapped tensors.
+"""Segments: the immutable pieces that samples are stored in.
 
-A shard without compression is its rows one after the other, followed by an index; so a shard file is mapped as it is
-and a gather copies only the rows it needs. Whatever does not have that layout (another writer, a codec) is decoded
-by zarr. Which of the two holds is decided from the shard's own index, not assumed.
+A segment is a Zarr group (``segments/<id>.zarr``) with an array per field, and an Arrow file (``segments/<id>.arrow``)
+with key, timestamp, label and scalar columns of the same rows. It is written a block at a time, in bounded memory,
+and described by an entry of the manifest: what a reader needs to find a row, and a hash of every file.
 """
 
-import json
+import secrets
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-import zarr
+import polars as pl
+from blake3 import blake3
 
+from dynkit.data.fields import Field, Spans, Stored
+from dynkit.data.shards import ArrayWriter, write_group
 from dynkit.errors import StorageError
 
-__all__ = ["open_field", "write_fields"]
+__all__ = [
+    "SEGMENT_BYTES",
+    "SegmentWriter",
+    "arrays_of",
+    "files_of",
+    "new_id",
+    "read_index",
+    "shard_file",
+    "write_index",
+    "write_table",
+]
 
-_CHUNK_BYTES = 1 << 20
-_SHARD_BYTES = 256 << 20
-_INDEX_ENTRY_BYTES = 16  # offset and length of an inner chunk, little-endian uint64
-_CRC32C_BYTES = 4
+SEGMENT_BYTES = 256 << 20
+"""A segment is full when its fields have this size; the unit of what is fetched from remote storage."""
 
-Array = np.ndarray[Any, Any]
-
-
-def write_fields(path: Path, fields: dict[str, Array]) -> None:
-    """Write arrays (N, ...) as a Zarr group at `path`, which must not exist."""
-    group = zarr.open_group(path, mode="w-", zarr_format=3)
-    for name, array in fields.items():
-        row_bytes = max(array[:1].nbytes, 1)
-        chunk_rows = max(1, min(len(array), _CHUNK_BYTES // row_bytes))
-        shard_rows = chunk_rows * max(1, min(_SHARD_BYTES // (chunk_rows * row_bytes), -(-len(array) // chunk_rows)))
-        stored = group.create_array(
-            name,
-            shape=array.shape,
-            dtype=array.dtype,
-            chunks=(chunk_rows, *array.shape[1:]),
-            shards=(shard_rows, *array.shape[1:]),
-            compressors=None,
-            filters=None,
-            config={"write_empty_chunks": True},  # a chunk of zeros keeps its place in the file
-        )
-        stored[...] = array
+Entry = dict[str, Any]
 
 
-def open_field(path: Path, name: str) -> list[torch.Tensor]:
-    """Open one field as tensors, one per shard, in row order.
+def new_id() -> str:
+    """Return a name that no other segment or file has."""
+    return secrets.token_hex(8)
+
+
+@dataclass(frozen=True)
+class _ArraySpec:
+    """How one Zarr array of a field is stored."""
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    codec: str
+    attributes: dict[str, Any]
+
+
+def arrays_of(name: str, field: Field, codec: str = "none") -> dict[str, _ArraySpec]:
+    """Return the Zarr arrays of a field: one, or values and spans. Values of varying length stay as they are."""
+    attributes = {} if field.kind == "array" and field.dtype != "bfloat16" else {"dynkit": field.to_json()}
+    if not field.varies:
+        return {name: _ArraySpec(field.stored_dtype, field.stored_shape, codec, attributes)}
+    return {
+        name: _ArraySpec(field.stored_dtype, (), "none", attributes),
+        f"{name}.spans": _ArraySpec(np.dtype(np.int64), (2,), "none", {"dynkit": "start and length in the values"}),
+    }
+
+
+class SegmentWriter:
+    """Writes one segment below `root`.
+
+    Parameters
+    ----------
+    root : Path
+        Folder of the dataset, or where its files are collected before they are sent away.
+    fields : mapping of name to Field
+        The label, when there is one, is one of them.
+    codec : str
+    """
+
+    def __init__(self, root: Path, fields: Mapping[str, Field], codec: str) -> None:
+        self.id = new_id()
+        self._root, self._fields = root, fields
+        self._group = root / "segments" / f"{self.id}.zarr"
+        self._group.mkdir(parents=True)
+        self._arrays = {
+            array: ArrayWriter(self._group / array, spec.dtype, spec.shape, spec.codec, spec.attributes)
+            for name, field in fields.items()
+            for array, spec in arrays_of(name, field, codec).items()
+        }
+        self._index: list[pl.DataFrame] = []
+        self.rows = 0
+        self.size_bytes = 0
+
+    def write(self, index: pl.DataFrame, fields: Mapping[str, Stored]) -> None:
+        """Append samples: a table with or without keys, and the stored rows of every field."""
+        for name, stored in fields.items():
+            if isinstance(stored, Spans):
+                starts = stored.starts + self._arrays[name].rows
+                self._arrays[f"{name}.spans"].write(np.stack([starts, stored.lengths], axis=1))
+                self._arrays[name].write(stored.values)
+                self.size_bytes += stored.values.nbytes + 16 * len(stored)
+            else:
+                self._arrays[name].write(stored)
+                self.size_bytes += stored.nbytes
+        self._index.append(index)
+        self.rows += index.height
+
+    def close(self, first_key: int, *, level: int | None) -> Entry:
+        """Complete the segment; give keys from `first_key` on to samples that have none.
+
+        Parameters
+        ----------
+        first_key : int
+        level : int or None
+            How many times its samples were merged from smaller segments; None when it is never merged again.
+        """
+        layouts = {name: array.close() for name, array in self._arrays.items()}
+        group_hash = write_group(self._group)
+        index = pl.concat(self._index)
+        self._index = []
+        if "key" not in index.columns:
+            keys = np.arange(first_key, first_key + index.height, dtype=np.uint64)
+            index = index.select(pl.Series("key", keys), pl.all())
+        time_ns = index["timestamp"].to_physical()
+        return {
+            "id": self.id,
+            "rows": index.height,
+            "first_key": int(index["key"][0]),
+            "end_key": int(index["key"][-1]) + 1,
+            "first_ns": int(time_ns.min()),  # type: ignore[arg-type]  # a segment has samples
+            "last_ns": int(time_ns.max()),  # type: ignore[arg-type]
+            "sorted": time_ns.is_sorted(),
+            "level": level,
+            "bytes": self.size_bytes,
+            "arrays": layouts,
+            "index_hash": write_index(self._root, self.id, index),
+            "group_hash": group_hash,
+        }
+
+    def abandon(self) -> None:
+        """Close the files of a segment that will not be completed."""
+        for array in self._arrays.values():
+            array.abandon()
+
+
+def write_index(root: Path, segment: str, index: pl.DataFrame) -> str:
+    """Write the Arrow file of a segment; return its hash."""
+    path = root / "segments" / f"{segment}.arrow"
+    write_table(path, index)
+    return blake3().update_mmap(path).hexdigest()
+
+
+def write_table(path: Path, table: pl.DataFrame) -> None:
+    """Write an Arrow file with the values of these rows and no others.
+
+    The newest layout of texts would also write what the table was filtered from: erased samples.
+    """
+    table.write_ipc(path, compression="uncompressed", compat_level=pl.CompatLevel.oldest())
+
+
+def read_index(path: Path, columns: list[str] | None = None) -> pl.DataFrame:
+    """Read columns of an Arrow file, memory-mapped.
 
     Raises
     ------
     StorageError
-        When the array or a shard is missing or cut short.
     """
-    folder = path / name
     try:
-        metadata = json.loads((folder / "zarr.json").read_text())
-        mapped = _map_shards(folder, metadata)
-        if mapped is not None:
-            return mapped
-        return [torch.from_numpy(np.asarray(zarr.open_array(folder, mode="r")[...]))]
-    except (OSError, ValueError, KeyError) as error:
-        raise StorageError(f"field {name!r} of segment {path} cannot be read: {error}") from error
+        lazy = pl.scan_ipc(path)
+        return (lazy if columns is None else lazy.select(columns)).collect()
+    except (OSError, pl.exceptions.PolarsError) as error:
+        raise StorageError(f"index {path} cannot be read: {str(error).splitlines()[0]}") from error
 
 
-def _map_shards(folder: Path, metadata: dict[str, Any]) -> list[torch.Tensor] | None:
-    """Map every shard file, or return None when the layout is not plain rows."""
-    codecs = metadata["codecs"]
-    if len(codecs) != 1 or codecs[0]["name"] != "sharding_indexed":
-        return None
-    sharding = codecs[0]["configuration"]
-    inner = sharding["codecs"]
-    plain = len(inner) == 1 and inner[0]["name"] == "bytes"
-    if not plain or inner[0].get("configuration", {}).get("endian", "little") != "little":
-        return None
-    n_rows, *shape = metadata["shape"]
-    shard_rows, *shard_shape = metadata["chunk_grid"]["configuration"]["chunk_shape"]
-    chunk_rows, *chunk_shape = sharding["chunk_shape"]
-    if shard_shape != shape or chunk_shape != shape or sharding.get("index_location", "end") != "end":
-        return None
-    dtype = np.dtype(metadata["data_type"])
-    chunk_bytes = chunk_rows * int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    tensors = []
-    for shard, first_row in enumerate(range(0, n_rows, shard_rows)):
-        file = folder.joinpath("c", str(shard), *("0" for _ in shape))
-        rows = min(shard_rows, n_rows - first_row)
-        used_chunks = -(-rows // chunk_rows)
-        index_bytes = shard_rows // chunk_rows * _INDEX_ENTRY_BYTES
-        with file.open("rb") as stream:
-            stream.seek(-(index_bytes + _CRC32C_BYTES), 2)
-            index = np.frombuffer(stream.read(index_bytes), dtype="<u8").reshape(-1, 2)[:used_chunks]
-        if not np.array_equal(index[:, 0], np.arange(used_chunks, dtype=np.uint64) * chunk_bytes):
-            return None
-        # Copy-on-write: the file stays as it is whatever happens to the tensor.
-        array = np.memmap(file, dtype=dtype.newbyteorder("<"), mode="c", shape=(rows, *shape))
-        tensors.append(torch.from_numpy(array))
-    return tensors
+def files_of(entry: Entry) -> Iterator[tuple[str, str]]:
+    """Each file of a segment, relative to the dataset, with its hash."""
+    segment = f"segments/{entry['id']}"
+    yield f"{segment}.arrow", entry["index_hash"]
+    yield f"{segment}.zarr/zarr.json", entry["group_hash"]
+    for name, layout in entry["arrays"].items():
+        yield f"{segment}.zarr/{name}/zarr.json", layout["metadata_hash"]
+        if layout["rows"]:
+            yield f"{segment}.zarr/{name}/{layout['file']}", layout["hash"]
+
+
+def shard_file(entry: Entry, array: str) -> str:
+    """Return the file with an array's rows, relative to the dataset."""
+    return f"segments/{entry['id']}.zarr/{array}/{entry['arrays'][array]['file']}"

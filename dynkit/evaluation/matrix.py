@@ -6,11 +6,10 @@ import polars as pl
 import torch
 from torch import nn
 
-from dynkit.data import Version
+from dynkit.data import Batches, Version, as_keys, slice_batch
 from dynkit.errors import TrainingError
 from dynkit.evaluation.metrics import Scores
-from dynkit.time import IntArray
-from dynkit.training import Batches, predict
+from dynkit.training import predict
 from dynkit.types import Metric, Window
 
 __all__ = ["evaluate"]
@@ -23,6 +22,7 @@ def evaluate(
     states: Mapping[str, State],
     windows: Iterable[Window],
     version: Version,
+    table: pl.DataFrame,
     metrics: list[Metric],
     *,
     device: torch.device,
@@ -42,6 +42,8 @@ def evaluate(
         Model identity to its tensors.
     windows : iterable of Window
     version : Version
+    table : pl.DataFrame
+        Key and timestamp of the samples to judge on, in time order.
     metrics : list of Metric
     device : torch.device
     batch_size : int
@@ -55,14 +57,13 @@ def evaluate(
         no scores.
     """
     module = module.to(device).eval()
-    table = version.table
     time_ns = table["timestamp"].to_physical()
     for window in windows:
         low, high = (int(time_ns.search_sorted(ns, side="left")) for ns in (window.start_ns, window.end_ns))
         if low >= high:
             yield window, 0, {}
             continue
-        batches = Batches(version, _keys(table, low, high), batch_size=batch_size, device=device)
+        batches = Batches(version, as_keys(table.slice(low, high - low)), batch_size=batch_size, device=device)
         scores = {model: Scores(metrics) for model in states}
         with torch.inference_mode():
             for some in batches.super_batches():
@@ -70,11 +71,6 @@ def evaluate(
                     module.load_state_dict(state)
                     _score(module, some, scores[model], batch_size, on_batch)
         yield window, high - low, {model: score.compute() for model, score in scores.items()}
-
-
-def _keys(table: pl.DataFrame, low: int, high: int) -> IntArray:
-    keys: IntArray = table["key"].slice(low, high - low).to_numpy()
-    return keys
 
 
 def _score(
@@ -86,7 +82,7 @@ def _score(
 ) -> None:
     n = len(some["label"])
     for low in range(0, n, batch_size):
-        batch = {name: tensor[low : low + batch_size] for name, tensor in some.items()}
+        batch = slice_batch(some, low, min(low + batch_size, n))
         if on_batch is not None:
             on_batch(len(batch["label"]))
         outputs = predict(module, batch)

@@ -26,11 +26,14 @@ class Evaluation:
         `dynkit.metrics`, or a function ``(outputs, labels) -> float``.
     batch_size : int
         Samples per forward pass.
+    split : str or None
+        Judge only on this split of the dataset; see `Dataset.split`.
     """
 
     windows: Any = field(default_factory=lambda: Tumbling("30d"))
     metrics: Sequence[Any] = ("accuracy",)
     batch_size: int = 8192
+    split: str | None = None
 
     def __post_init__(self) -> None:
         as_windows(self.windows)

@@ -59,7 +59,8 @@ class Pipeline:
 
     def __post_init__(self) -> None:
         check_name(self.name, "pipeline")
-        dataset = Dataset(Catalog(), self.dataset) if isinstance(self.dataset, str) else self.dataset
+        given: Any = self.dataset
+        dataset = Dataset(Catalog(), given) if isinstance(given, str) else given
         if not isinstance(dataset, Dataset):
             raise InvalidInput(f"dataset={dataset!r} is not a dataset; pass ws.dataset(name) or a name")
         if dataset.schema["label"] is None:
@@ -74,10 +75,15 @@ class Pipeline:
         object.__setattr__(self, "trigger", as_trigger(self.trigger))
         object.__setattr__(self, "selection", as_selection(self.selection))
 
-    def replay(self) -> Iterator[Event]:
+    def replay(self, *, live: bool = False) -> Iterator[Event]:
         """Run here and now; each iteration does the next step and yields its event.
 
         Leaving the iteration early interrupts the run; ``ws.run(event.run).resume()`` continues it in the background.
+
+        Parameters
+        ----------
+        live : bool
+            See `start`.
 
         Yields
         ------
@@ -86,12 +92,19 @@ class Pipeline:
         """
         from dynkit.pipeline.replay import replay
 
-        pipeline, run = self._register()
+        pipeline, run = self._register(live=live)
         yield from replay(lambda _: pipeline, Owner(self.dataset.catalog, run))
 
-    def start(self) -> Run:
-        """Run in a process of its own that owns the device; return the handle at once."""
-        _, run = self._register()
+    def start(self, *, live: bool = False) -> Run:
+        """Run in a process of its own that owns the device; return the handle at once.
+
+        Parameters
+        ----------
+        live : bool
+            Go on with every version that is committed: samples are seen in the order of their arrival, and training
+            happens as they come. `Run.finish` ends it with the evaluation.
+        """
+        _, run = self._register(live=live)
         return Run(self.dataset.catalog, run)._spawn()
 
     def digest(self) -> str:
@@ -103,7 +116,7 @@ class Pipeline:
         parts = {name: describe(getattr(self, name)) for name in ("model", "trigger", "selection", "seed")}
         return {"dataset": self.dataset.name, **parts, **describe(self.training), **describe(self.evaluation)}
 
-    def _register(self) -> tuple["Pipeline", str]:
+    def _register(self, *, live: bool) -> tuple["Pipeline", str]:
         """Make the run in the catalog; return the pipeline at the dataset's present version, and the run's id."""
         pipeline = dataclasses.replace(self, dataset=self.dataset.at(self.dataset.version))
         catalog = self.dataset.catalog
@@ -114,10 +127,10 @@ class Pipeline:
             catalog,
             run,
             name=self.name,
-            digest=pipeline.digest(),
+            digest=digest([pipeline.digest(), run]) if live else pipeline.digest(),  # no other run equals a live one
             dataset=self.dataset.name,
             version=pipeline.dataset.version,
-            description=self.describe(),
+            description={**self.describe(), **({"live": True} if live else {})},
         )
         note(Run(catalog, run))
         return pipeline, run

@@ -125,6 +125,7 @@ class Owner:
             self.block_starts = list(connection.scalars(starts))
             self.state: bytes | None = row.state
             self._dataset = row.dataset, row.dataset_version
+            self.live: bool = row.pipeline.get("live", False)
         self._pulse.start()
         return self
 
@@ -275,6 +276,11 @@ class Owner:
                 self._change("paused", "running")
         if self._asked("cancel"):
             raise Cancelled
+
+    @property
+    def finishing(self) -> bool:
+        """Whether somebody asked a live run to come to its end."""
+        return self._asked("finish")
 
     def _asked(self, request: str) -> bool:
         return self._request == request

@@ -2,7 +2,8 @@
 
 Read `replay` as the story of a run. It is a generator of Events; whoever iterates it drives it, and it commits each
 step before it yields it. To continue a run, the loop starts at the block of the last committed trigger with the
-policies as they were before that block; triggers that fire again there are recognised and not trained again. Every
+policies as they were before that block; triggers that fire again there are recognised and not trained again. A live
+run is the same loop over a stream that grows. Every
 training and selection draws from a seed of its own (run seed, trigger index), so no random state needs saving.
 """
 
@@ -18,14 +19,15 @@ import polars as pl
 import torch
 from blake3 import blake3
 
-from dynkit.data.dataset import as_keys
+from dynkit.data import Batches, as_keys, in_split
 from dynkit.errors import InvalidInput, PolicyError, TrainingError
 from dynkit.evaluation import evaluate
 from dynkit.pipeline.owner import Owner
+from dynkit.pipeline.stream import Stream
 from dynkit.pipeline.view import View
 from dynkit.policies import describe
 from dynkit.time import IntArray
-from dynkit.training import Batches, FitContext, fit, resolve_device, seeded
+from dynkit.training import FitContext, fit, resolve_device, seeded
 from dynkit.types import Event, Trained, Window
 
 if TYPE_CHECKING:
@@ -56,22 +58,22 @@ def replay(load: "Callable[[Owner], Pipeline]", owner: Owner) -> Iterator[Event]
     with owner:
         loop = _Loop(load(owner), owner)
         yield owner.event(
-            "resumed" if owner.committed else "started", samples=loop.table.height, device=str(loop.device)
+            "resumed" if owner.committed else "started", samples=len(loop.stream), device=str(loop.device)
         )
-        position, trigger = loop.restore()
-        while position < loop.table.height:
+        row, trigger = loop.restore()
+        while (row := loop.more(row)) < len(loop.stream):
             owner.check()
-            new = loop.table.slice(position, BLOCK_ROWS)
+            new = loop.stream.table.slice(row, BLOCK_ROWS)
             snapshot = _pickled(trigger)  # to continue from here, the trigger must see this block again
-            loop.view.move(position)
+            loop.view.move(row)
             for offset in _positions(trigger(new, loop.view), new.height):
-                seen = position + offset + 1
-                if seen > loop.view.last_position:  # without new samples there is nothing to train on
-                    yield from loop.train(seen, position, snapshot)
+                seen = row + offset + 1
+                if seen > loop.view.last_row:  # without new samples there is nothing to train on
+                    yield from loop.train(seen, row, snapshot)
                     loop.view.move(seen, since=-(offset + 1))
-            position += new.height
-            loop.show("reading", position)
-        loop.view.move(loop.table.height)
+            row += new.height
+            loop.show("reading", row)
+        loop.view.see_all()
         yield from loop.evaluate()
         yield owner.finish(triggers=len(loop.view.trained))
 
@@ -82,15 +84,11 @@ class _Loop:
     def __init__(self, pipeline: "Pipeline", owner: Owner) -> None:
         self.pipeline = pipeline
         self.owner = owner
-        self.version = pipeline.dataset.open()
-        self.table = self.version.table
+        self.stream = Stream(pipeline.dataset, live=owner.live)
+        self._begin = 0  # position that the run goes on from; a live stream may have to grow up to it
         self.device = resolve_device(pipeline.training.device)
         self.selection = copy.deepcopy(pipeline.selection)
-        self.view = View(self.version, owner.store, pipeline.model, self.device)
-        # Place of each key in replay order, to check what a selection returns.
-        keys = self.table["key"].to_numpy()
-        self.place = np.full(int(keys.max()) + 1, len(keys), dtype=np.int64)
-        self.place[keys] = np.arange(len(keys))
+        self.view = View(self.stream, owner.store, pipeline.model, self.device)
 
     def restore(self) -> tuple[int, Any]:
         """Return where to go on, and the trigger as it was there."""
@@ -98,31 +96,54 @@ class _Loop:
             return 0, copy.deepcopy(self.pipeline.trigger)  # a policy may change itself; the pipeline may not
         assert self.owner.state is not None, "a committed trigger has its policies' state"
         trigger, self.selection = map(pickle.loads, pickle.loads(self.owner.state))
-        block_start = self.owner.block_starts[-1]
+        block_start = self._begin = self.owner.block_starts[-1]
         earlier = zip(self.owner.committed, self.owner.block_starts, strict=True)
         self.view.trained = tuple(trained for trained, start in earlier if start < block_start)
-        return block_start, trigger
+        return self.stream.row(block_start), trigger
+
+    def more(self, row: int) -> int:
+        """Return the row to go on from; in a live run at its end, once more samples are there."""
+        while row == len(self.stream) and self.stream.live:
+            position = max(self.stream.position(row), self._begin)
+            self.owner.progress = {"phase": "waiting", "fraction": 0.0, "position": row}
+            if not self.stream.wait(self._asked_to_finish):
+                break
+            row = self.stream.row(position)
+            if not self.view.start_ns and len(self.stream):
+                self.view.start_ns = int(self.stream.time_ns[0])
+        return row
+
+    def _asked_to_finish(self) -> bool:
+        self.owner.check()
+        return self.owner.finishing
 
     def show(self, phase: str, position: float, **details: Any) -> None:
         """Tell the progress; `position` is in samples of the stream."""
-        fraction = (1 - _EVALUATION_SHARE) * position / self.table.height
+        fraction = (1 - _EVALUATION_SHARE) * position / len(self.stream)
         self.owner.progress = {"phase": phase, "fraction": fraction, "position": int(position), **details}
 
-    def train(self, seen: int, block_start: int, snapshot: bytes) -> Iterator[Event]:
+    def train(self, seen: int, block_row: int, snapshot: bytes) -> Iterator[Event]:
         """Select, train and commit at one trigger; recognise one that an earlier life of the run committed."""
-        index = len(self.view.trained)
+        index, position = len(self.view.trained), self.stream.position(seen)
+        trainable = self.stream.trainable[:seen]
         if index < len(self.owner.committed):
             known = self.owner.committed[index]
-            if known.position != seen:
+            if known.position == position:
+                self.view.trained += (known,)
+            elif trainable.any() and not (self.stream.live and position < known.position):
                 raise PolicyError(
-                    f"on continuing, trigger {index} fired after sample {seen}, before it did after {known.position}: "
-                    "the trigger must decide from its arguments and its own attributes only"
+                    f"on continuing, trigger {index} fired after sample {position}, before it did after "
+                    f"{known.position}: the trigger must decide from its arguments and its own attributes only"
                 )
-            self.view.trained += (known,)
-            return
+            return  # this one, or one that was skipped then
         last_ns = self.view.last_ns(seen)
-        yield self.owner.event("triggered", index=index, position=seen, new=seen - self.view.last_position)
-        self.view.move(seen)
+        latency = {"latency_s": round(self.stream.waited_s(), 4)} if self.stream.live else {}
+        new = seen - self.view.last_row
+        yield self.owner.event("triggered", index=index, position=position, new=new, **latency)
+        if not trainable.any():
+            yield self.owner.event("skipped", index=index, reason="no sample has a label yet that is not held out")
+            return
+        self.view.move(seen, since=int(trainable[self.view.last_row :].sum()))
         started_s = time.perf_counter()
         keys, weights = self._select(index, seen)
         select_s = time.perf_counter() - started_s
@@ -136,11 +157,11 @@ class _Loop:
         content = blake3(keys.tobytes()).update(b"" if weights is None else weights.tobytes()).hexdigest()
         self.show("storing", seen, trigger=index)
         trained, event = self.owner.commit_trained(
-            Trained(index, seen, last_ns, "", len(keys), train_s),
+            Trained(index, position, last_ns, "", len(keys), train_s),
             state,
             parent=parent,
             columns={
-                "block_start": block_start,
+                "block_start": self.stream.position(block_row),
                 "selection": content,
                 "select_s": select_s,
                 "samples_passed": passed,
@@ -158,11 +179,14 @@ class _Loop:
         yield event
 
     def _select(self, index: int, seen: int) -> "tuple[IntArray, np.ndarray[Any, Any] | None]":
-        pool = self.table.head(seen)
+        pool = self.stream.table.head(seen)
+        trainable = self.stream.trainable[:seen]
+        if not trainable.all():
+            pool = pool.filter(trainable)
         rng = np.random.default_rng([self.pipeline.seed, index])
         keys, weights = _keys_and_weights(self.selection(pool, self.view, rng))
-        outside = (keys < 0) | (keys >= len(self.place))
-        if outside.any() or (self.place[keys] >= seen).any():
+        rows = self.stream.place(keys)
+        if len(keys) and not (rows.min() >= 0 and rows.max() < seen and trainable[rows].all()):
             raise PolicyError(f"the selection returned keys at trigger {index} that are not in its pool")
         if not len(keys):
             raise PolicyError(
@@ -196,16 +220,22 @@ class _Loop:
             if parent is not None:
                 model.load_state_dict(self.owner.store.load(parent))
             model.to(self.device)
-            options: dict[str, Any] = {"batch_size": training.batch_size, "device": self.device}
+            options: dict[str, Any] = {
+                "batch_size": training.batch_size,
+                "device": self.device,
+                "cache_bytes": training.cache_bytes,
+            }
             batches = Batches(
-                self.version,
+                self.stream.version,
                 keys,
                 weights=weights,
-                shuffle_seed=seed,
+                shuffle=True,
+                seed=seed,
+                last="join",
                 on_batch=self._in_training(index, seen, training.epochs * len(keys)),
                 **options,
             )
-            validation = None if held_out is None else Batches(self.version, held_out, **options)
+            validation = None if held_out is None else Batches(self.stream.version, held_out, **options)
             context = FitContext(training, self.device, validation)
             (training.fit or fit)(model, batches, context)
         state = {
@@ -220,9 +250,9 @@ class _Loop:
 
     def _in_training(self, index: int, seen: int, total: int) -> Any:
         """Make the function that the loader calls before each batch: obey requests, tell the progress."""
-        before, done = self.view.last_position, 0
+        before, done = self.view.last_row, 0
         base = {"phase": "training", "trigger": index, "samples": total}
-        scale = (1 - _EVALUATION_SHARE) / self.table.height
+        scale = (1 - _EVALUATION_SHARE) / len(self.stream)
 
         def on_batch(samples: int) -> None:
             nonlocal done
@@ -260,7 +290,8 @@ class _Loop:
             module,
             {model: self.owner.store.load(model) for model in models},
             left,
-            self.version,
+            self.stream.version,
+            self._judged(),
             evaluation.resolved(),
             device=self.device,
             batch_size=evaluation.batch_size,
@@ -269,6 +300,14 @@ class _Loop:
         for n, (window, samples, scores) in enumerate(scored, 1):
             yield self.owner.commit_window(window, samples, scores)
             self._show_window(n + 1, len(left))
+
+    def _judged(self) -> pl.DataFrame:
+        """Return samples to judge on, by time: those with a label, of the split if there is one."""
+        table = self.stream.table.filter(pl.col("label").is_not_null())
+        split = self.pipeline.evaluation.split
+        if split is not None:
+            table = table.filter(in_split(table, self.stream.version.manifest["splits"], split))
+        return table.sort("timestamp", "key") if self.stream.live else table
 
     def _show_window(self, n: int, windows: int) -> None:
         """Tell that the n-th window, from 1, is being evaluated."""

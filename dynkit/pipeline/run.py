@@ -262,6 +262,10 @@ class Run:
         """End it after the present batch; what was committed stays. Returns as `pause` does."""
         return self._ask("cancel")
 
+    def finish(self) -> "Run":
+        """Let a live run see what is there, evaluate and end; `wait` for it."""
+        return self._ask("finish")
+
     def _ask(self, request: str) -> "Run":
         runs = tables.runs
         with self._catalog.write() as connection:
@@ -270,7 +274,8 @@ class Run:
             if status not in ACTIVE:
                 raise Conflict(f"run {self.id} is {status}; only a running one can be asked to {request}")
             connection.execute(sa.update(runs).where(runs.c.id == self.id).values(request=request))
-        self._until(lambda status: status not in ACTIVE or (request, status) == ("pause", "paused"))
+        if request != "finish":
+            self._until(lambda status: status not in ACTIVE or (request, status) == ("pause", "paused"))
         return self
 
     def resume(self) -> "Run":

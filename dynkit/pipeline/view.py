@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from dynkit.data import Version
-from dynkit.data.dataset import as_keys
+from dynkit.data import as_keys
 from dynkit.models import ModelStore
+from dynkit.pipeline.stream import Stream
 from dynkit.time import to_datetime
 from dynkit.types import Model, Trained
 
@@ -20,30 +20,29 @@ class View:
 
     Parameters
     ----------
-    version : Version
-        The dataset version of the run.
+    stream : Stream
+        What the run walks.
     store : ModelStore
     factory : Model
         Makes a module for the newest model's weights.
     device : torch.device
     """
 
-    def __init__(self, version: Version, store: ModelStore, factory: Model, device: torch.device) -> None:
-        self._version = version
+    def __init__(self, stream: Stream, store: ModelStore, factory: Model, device: torch.device) -> None:
+        self._stream = stream
         self._store = store
         self._factory = factory
         self._device = device
         self._loaded: tuple[str, nn.Module] | None = None
-        self._time_ns = version.table["timestamp"].to_physical()
-        self.start_ns: int = int(self._time_ns[0])
+        self.start_ns: int = int(stream.time_ns[0]) if len(stream) else 0
         self.now_ns: int = self.start_ns
         self.samples_since_trigger = 0
         self.trained: tuple[Trained, ...] = ()
 
     @property
-    def last_position(self) -> int:
-        """Position of the last trigger, 0 before the first."""
-        return self.trained[-1].position if self.trained else 0
+    def last_row(self) -> int:
+        """Rows of the stream up to the last trigger, 0 before the first."""
+        return self._stream.row(self.trained[-1].position) if self.trained else 0
 
     @property
     def start(self) -> dt.datetime:
@@ -69,13 +68,19 @@ class View:
 
     def read(self, keys: Any) -> dict[str, torch.Tensor]:
         """See `RunView`."""
-        return self._version.gather(as_keys(keys))
+        return self._stream.version.gather(as_keys(keys))
 
     def move(self, seen: int, *, since: int | None = None) -> None:
         """Stand after `seen` samples of the stream."""
-        self.now_ns = int(self._time_ns[seen - 1]) if seen else self.start_ns
-        self.samples_since_trigger = seen - self.last_position if since is None else since
+        self.now_ns = self.last_ns(seen) if seen else self.start_ns
+        self.samples_since_trigger = seen - self.last_row if since is None else since
 
-    def last_ns(self, position: int) -> int:
-        """Timestamp of the last of the first `position` samples."""
-        return int(self._time_ns[position - 1])
+    def last_ns(self, seen: int) -> int:
+        """Timestamp of the last of the first `seen` samples."""
+        return int(self._stream.time_ns[seen - 1])
+
+    def see_all(self) -> None:
+        """Stand at the end, in time: the view of windows."""
+        self.move(len(self._stream))
+        if self._stream.live and len(self._stream):
+            self.start_ns, self.now_ns = int(self._stream.time_ns.min()), int(self._stream.time_ns.max())

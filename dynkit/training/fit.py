@@ -18,8 +18,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from dynkit.data import Batch, Batches
 from dynkit.errors import InvalidInput, TrainingError
-from dynkit.training.loader import Batch, Batches
 from dynkit.training.settings import Training
 
 __all__ = ["Fit", "FitContext", "fit", "predict", "resolve_device", "seeded"]
@@ -91,7 +91,7 @@ def predict(model: nn.Module, batch: Batch) -> torch.Tensor:
     """Return the outputs of a model for a batch: called with the one field, or with several as keyword arguments."""
     fields = {name: tensor for name, tensor in batch.items() if name not in _NOT_FIELDS}
     outputs = model(next(iter(fields.values()))) if len(fields) == 1 else model(**fields)
-    n = len(next(iter(fields.values())))
+    n = next(iter(fields.values())).size(0)
     if not isinstance(outputs, torch.Tensor) or outputs.ndim == 0 or len(outputs) != n:
         found = tuple(outputs.shape) if isinstance(outputs, torch.Tensor) else type(outputs).__name__
         raise TrainingError(f"the model returned {found} for a batch of {n} samples; expected a tensor ({n}, ...)")

@@ -48,6 +48,8 @@ class Training:
         None means the pipeline's.
     device : str
         ``"auto"`` (CUDA, then MPS, then CPU), ``"cpu"``, ``"cuda:0"``, ...
+    cache_bytes : int or None
+        Most memory for samples; see `dynkit.data.Batches`.
     fit : callable or None
         A training loop of your own, ``(model, batches, context) -> None``; see `dynkit.training.fit`.
     """
@@ -66,6 +68,7 @@ class Training:
     patience: int | None = None
     seed: int | None = None
     device: str = "auto"
+    cache_bytes: int | None = None
     fit: Callable[..., Any] | None = None
 
     def __post_init__(self) -> None:

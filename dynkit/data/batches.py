@@ -1,0 +1,310 @@
+"""Batches: exactly the selected samples, gathered from storage as tensors on the device.
+
+There are two ways. *Mapped*: samples that lie uncompressed on a local disk are copied out of the page cache in any
+order, a super-batch of several batches at a time; a shuffle is a uniform permutation. *Windowed*: samples that must be
+decoded or fetched, or that do not fit in `cache_bytes`, are read in pieces. Chunks of neighbouring samples are put in
+random order and cut into windows of a quarter of `cache_bytes`; each chunk is decoded once, a window ahead of its use,
+and the samples of a window are permuted. So any two samples of a window are equally likely in either order, and a
+selection no larger than a window is shuffled uniformly.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from functools import cached_property, partial
+from itertools import islice
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import psutil
+import torch
+
+from dynkit.data.arrays import Memory, take_stored
+from dynkit.data.fields import Stored
+from dynkit.data.shards import threads
+from dynkit.data.store import Folder
+from dynkit.data.version import Version
+from dynkit.errors import InvalidInput
+from dynkit.time import IntArray
+
+__all__ = ["Batch", "Batches", "slice_batch"]
+
+Batch = dict[str, torch.Tensor]
+_Piece = tuple[dict[str, Stored], torch.Tensor | None]  # fields as stored, and weights
+
+_SUPER_BATCH_BYTES = 4 << 20  # stays in the processor's cache until its batches are used
+_CACHE_BYTES = 512 << 20
+_DEPTH = 2  # super-batches that are copied at a time
+_LAST = ("keep", "drop", "join")
+
+
+class _Plan(NamedTuple):
+    """How samples are read."""
+
+    windowed: bool
+    rows: int  # of one super-batch or window, whole batches
+    reason: str
+
+
+class Batches:
+    """The batches of one training or evaluation; each iteration is one epoch in a new order.
+
+    Parameters
+    ----------
+    version : Version
+        Where the samples are.
+    keys : (N,) int64
+        Which ones.
+    weights : (N,) float32 or None
+        Added to each batch as ``weight``.
+    batch_size : int
+    shuffle : bool
+        The order of epoch e depends on the seed and e only.
+    seed : int
+    device : torch.device or str
+    transform : callable, optional
+        Batch to batch, applied on the device.
+    fields : sequence of str or None
+        Only these (``"label"`` is one); None means all.
+    cache_bytes : int or None
+        Most memory for samples; None means 512 MB where they are decoded, and where they are mapped leaves it to the
+        system's page cache.
+    last : str
+        What becomes of samples that do not fill a batch: ``"keep"`` makes a smaller one, ``"drop"`` leaves them out,
+        ``"join"`` keeps them but adds a single one to the batch before, because layers that normalise over a batch
+        cannot train on one.
+    on_batch : callable, optional
+        Called with the number of samples before each batch is handed out.
+
+    Notes
+    -----
+    A batch is a dict: the dataset's fields, ``label`` when it has labels, ``weight`` when there are weights.
+    """
+
+    def __init__(
+        self,
+        version: Version,
+        keys: IntArray,
+        *,
+        batch_size: int,
+        shuffle: bool = False,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        weights: "np.ndarray[tuple[int], np.dtype[np.float32]] | None" = None,
+        transform: Callable[[Batch], Batch] | None = None,
+        fields: "list[str] | tuple[str, ...] | None" = None,
+        cache_bytes: int | None = None,
+        last: str = "keep",
+        on_batch: Callable[[int], None] | None = None,
+    ) -> None:
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise InvalidInput(f"batch_size={batch_size!r} must be a whole number, at least 1")
+        if fields is not None and not fields:
+            raise InvalidInput("fields=[] leaves nothing to read; None means all")
+        if last not in _LAST:
+            raise InvalidInput(f"last={last!r} must be one of {', '.join(_LAST)}")
+        if cache_bytes is not None and cache_bytes < 1 << 20:
+            raise InvalidInput(f"cache_bytes={cache_bytes!r} must be at least {1 << 20}")
+        self._rows = version.rows_of(keys)  # an unknown key is an error now, not in the middle of an epoch
+        self._version = version
+        self._keys = keys
+        self._weights = None if weights is None else torch.from_numpy(weights)
+        self._batch_size = batch_size
+        self._shuffle = shuffle
+        self._seed = seed
+        self._device = torch.device(device)
+        self._transform = transform
+        self._fields = fields
+        self._cache_bytes = cache_bytes
+        self._last = last
+        self._on_batch = on_batch
+        self._epoch = 0
+        self.passed = 0  # samples handed out so far, all epochs together
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self._spans(len(self._keys)))
+
+    @property
+    def samples(self) -> int:
+        """Number of samples of one epoch."""
+        return len(self._keys)
+
+    def explain(self) -> str:
+        """Say how samples are read, and why."""
+        plan = self._plan
+        way = f"windows of {plan.rows} samples" if plan.windowed else f"mapped, {plan.rows} samples at a time"
+        return f"{way}: {plan.reason}"
+
+    @cached_property
+    def _plan(self) -> _Plan:
+        version = self._version
+        total = version.row_bytes * len(self._keys)
+        window_bytes = (self._cache_bytes or _CACHE_BYTES) // 4
+        if version.compressed:
+            return self._planned(window_bytes, windowed=True, reason="chunks are compressed and decoded once per epoch")
+        if not isinstance(version.store, Folder):
+            return self._planned(window_bytes, windowed=True, reason="samples are fetched from remote storage")
+        limit = psutil.virtual_memory().total // 2 if self._cache_bytes is None else self._cache_bytes
+        stored = sum(entry["bytes"] for entry in version.segments)
+        if stored > limit:
+            reason = f"{stored} bytes of samples do not fit in {limit}"
+            return self._planned(window_bytes, windowed=True, reason=reason)
+        reason = f"{total} bytes of samples lie uncompressed on a local disk"
+        return self._planned(_SUPER_BATCH_BYTES, windowed=False, reason=reason)
+
+    def _planned(self, size_bytes: int, *, windowed: bool, reason: str) -> _Plan:
+        row_bytes = self._version.row_bytes
+        for field in self._version.fields.values():
+            if field.kind == "image" and field.shape:
+                row_bytes += int(np.prod(field.shape))  # decoded
+        return _Plan(windowed, self._batch_size * max(1, size_bytes // (row_bytes * self._batch_size)), reason)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for super_batch in self.super_batches():
+            for low, high in self._spans(_length(super_batch)):
+                if self._on_batch is not None:
+                    self._on_batch(high - low)
+                self.passed += high - low
+                batch = slice_batch(super_batch, low, high)
+                yield batch if self._transform is None else self._transform(batch)
+
+    def super_batches(self) -> Iterator[Batch]:
+        """One epoch in pieces of several batches, each gathered at once, one piece ahead of its use."""
+        images = any(field.kind == "image" for field in self._version.fields.values())
+        if self._plan.windowed:
+            batches = _ahead(partial(self._send, *piece) for piece in self._windows())
+        elif self._plan.rows == self._batch_size and self._device.type != "cuda":  # large: all threads copy one
+            batches = (self._send(*self._stored(piece, None)) for piece in self._pieces(self._plan.rows))
+        elif images:  # their decoding takes all threads
+            batches = _ahead(partial(self._load, piece) for piece in self._pieces(self._plan.rows))
+        else:
+            batches = _ahead((partial(self._load, piece) for piece in self._pieces(self._plan.rows)), threads(), _DEPTH)
+        for batch in batches:
+            if self._device.type == "cuda":  # tell the allocator who uses what the copying stream allocated
+                for tensor in batch.values():
+                    tensor.record_stream(torch.cuda.current_stream(self._device))
+            yield batch
+
+    def _load(self, piece: "IntArray | slice") -> Batch:
+        return self._send(*self._stored(piece, self._version.memory))
+
+    def _pieces(self, rows: int) -> Iterator["IntArray | slice"]:
+        """Places in the selection in the order of this epoch, so many at a time."""
+        n = len(self._keys)
+        if self._last == "drop":
+            n -= n % self._batch_size
+        order = self._order(self._epoch) if self._shuffle else None
+        self._epoch += 1
+        yield from (slice(low, high) if order is None else order[low:high] for low, high in self._edges(n, rows))
+
+    def _edges(self, n: int, rows: int) -> list[tuple[int, int]]:
+        """Cut ``range(n)`` into pieces of several batches."""
+        edges = [(low, min(low + rows, n)) for low in range(0, n, rows)]
+        if self._last == "join" and len(edges) > 1 and self._batch_size > 1 and edges[-1][1] - edges[-1][0] == 1:
+            edges[-2:] = [(edges[-2][0], n)]
+        return edges
+
+    def _stored(self, piece: "IntArray | slice", memory: Memory | None) -> _Piece:
+        """Gather samples as they are stored."""
+        stored = self._version.gather_stored(self._keys[piece], self._rows[piece], self._fields, memory)
+        if self._plan.windowed and not self._version.compressed:
+            self._version.drop_pages()
+        return stored, None if self._weights is None else self._weights[piece].clone()
+
+    def _windows(self) -> Iterator[_Piece]:
+        """Super-batches out of windows; a window is read while the one before is used."""
+        rows = self._batch_size * max(1, _SUPER_BATCH_BYTES // (self._version.row_bytes * self._batch_size))
+
+        memory = Memory()
+
+        def load(piece: "IntArray | slice") -> tuple[_Piece, "IntArray | None"]:
+            if isinstance(piece, slice):
+                return self._stored(piece, memory), None
+            by_place = np.argsort(self._rows[piece])  # neighbours are decoded together
+            places = np.empty_like(by_place)
+            places[by_place] = np.arange(len(by_place))
+            return self._stored(piece[by_place], memory), places
+
+        for (stored, weights), places in _ahead(partial(load, piece) for piece in self._pieces(self._plan.rows)):
+            n = len(next(iter(stored.values())))
+            for low, high in self._edges(n, rows):
+                some = np.arange(low, high) if places is None else places[low:high]
+                part = {name: take_stored(name, values, some, self._version.memory) for name, values in stored.items()}
+                yield part, None if weights is None else weights[some]
+
+    def _send(self, stored: dict[str, Stored], weights: torch.Tensor | None) -> Batch:
+        """Make a batch of stored samples, on the device."""
+        batch = self._version.tensors(stored)
+        if weights is not None:
+            batch["weight"] = weights
+        if self._device.type != "cuda":
+            return {name: tensor.to(self._device) for name, tensor in batch.items()}
+        with torch.cuda.stream(self._copies):  # beside the stream that computes
+            batch = {name: tensor.pin_memory().to(self._device, non_blocking=True) for name, tensor in batch.items()}
+        self._copies.synchronize()  # in this thread; then the pinned buffers are free again
+        return batch
+
+    @cached_property
+    def _copies(self) -> Any:
+        return torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]  # torch has no types here
+
+    def _order(self, epoch: int) -> IntArray:
+        """Places in the selection in the order of an epoch."""
+        generator = torch.Generator().manual_seed((self._seed + epoch) % 2**63)
+        n = len(self._keys)
+        uniform: IntArray = torch.randperm(n, generator=generator).numpy()
+        if not self._plan.windowed or n <= self._plan.rows:
+            return uniform
+        chunk = self._version.chunk_of(self._keys)
+        rank = torch.randperm(int(chunk.max()) + 1, generator=generator).numpy()
+        by_chunk = np.argsort(rank[chunk], kind="stable")
+        window = np.arange(n) // self._plan.rows
+        order: IntArray = by_chunk[np.lexsort((uniform, window))]
+        return order
+
+    def keys(self) -> IntArray:
+        """Keys in the order of the next epoch (N,)."""
+        return self._keys[self._order(self._epoch)] if self._shuffle else self._keys
+
+    def _spans(self, n: int) -> Iterator[tuple[int, int]]:
+        """Cut ``range(n)`` into batches."""
+        size = self._batch_size
+        for low in range(0, n, size):
+            if self._last == "join" and size > 1 and n - low == size + 1:
+                yield low, n
+                return
+            if self._last == "drop" and n - low < size:
+                return
+            yield low, min(low + size, n)
+
+
+def _length(batch: Batch) -> int:
+    return int(next(iter(batch.values())).size(0))
+
+
+T = TypeVar("T")
+
+
+def _ahead(tasks: Iterator[Callable[[], T]], pool: ThreadPoolExecutor | None = None, depth: int = 1) -> Iterator[T]:
+    """Do tasks in threads, some ahead of their use; one of its own where the tasks use the pool themselves."""
+    with ThreadPoolExecutor(1, thread_name_prefix="dynkit-ahead") if pool is None else nullcontext(pool) as threads:
+        coming = deque(threads.submit(task) for task in islice(tasks, depth))
+        while coming:
+            done = coming.popleft().result()
+            coming.extend(threads.submit(task) for task in islice(tasks, 1))
+            yield done
+
+
+def slice_batch(batch: Batch, low: int, high: int) -> Batch:
+    """Return samples `low` to `high` of a batch, without a copy."""
+    return {name: _slice(tensor, low, high) for name, tensor in batch.items()}
+
+
+def _slice(tensor: torch.Tensor, low: int, high: int) -> torch.Tensor:
+    """Return samples `low` to `high` of a tensor, jagged or not."""
+    if not tensor.is_nested:
+        return tensor[low:high]
+    offsets = tensor.offsets()  # type: ignore[attr-defined]  # of a jagged tensor
+    values = tensor.values()[int(offsets[low]) : int(offsets[high])]
+    return torch.nested.nested_tensor_from_jagged(values, offsets[low : high + 1] - offsets[low])
