@@ -182,8 +182,8 @@ class Batches:
             batches = _ahead((partial(self._load, piece) for piece in self._pieces(self._plan.rows)), threads(), _DEPTH)
         for batch in batches:
             if self._device.type == "cuda":  # tell the allocator who uses what the copying stream allocated
-                for tensor in batch.values():
-                    tensor.record_stream(torch.cuda.current_stream(self._device))
+                for part in (part for tensor in batch.values() for part in _parts(tensor)):
+                    part.record_stream(torch.cuda.current_stream(self._device))
             yield batch
 
     def _load(self, piece: "IntArray | slice") -> Batch:
@@ -241,7 +241,7 @@ class Batches:
         if self._device.type != "cuda":
             return {name: tensor.to(self._device) for name, tensor in batch.items()}
         with torch.cuda.stream(self._copies):  # beside the stream that computes
-            batch = {name: tensor.pin_memory().to(self._device, non_blocking=True) for name, tensor in batch.items()}
+            batch = {name: _sent(tensor, self._device) for name, tensor in batch.items()}
         self._copies.synchronize()  # in this thread; then the pinned buffers are free again
         return batch
 
@@ -299,6 +299,17 @@ def _ahead(tasks: Iterator[Callable[[], T]], pool: ThreadPoolExecutor | None = N
 def slice_batch(batch: Batch, low: int, high: int) -> Batch:
     """Return samples `low` to `high` of a batch, without a copy."""
     return {name: _slice(tensor, low, high) for name, tensor in batch.items()}
+
+
+def _parts(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return the tensors that a jagged tensor is made of, or the tensor."""
+    return (tensor.values(), tensor.offsets()) if tensor.is_nested else (tensor,)  # type: ignore[attr-defined]
+
+
+def _sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Start the copy of a tensor to a device, from pinned memory."""
+    parts = [part.pin_memory().to(device, non_blocking=True) for part in _parts(tensor)]
+    return torch.nested.nested_tensor_from_jagged(parts[0], parts[1]) if tensor.is_nested else parts[0]
 
 
 def _slice(tensor: torch.Tensor, low: int, high: int) -> torch.Tensor:
