@@ -8,6 +8,7 @@ and the samples of a window are permuted. So any two samples of a window are equ
 selection no larger than a window is shuffled uniformly.
 """
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,6 @@ from itertools import islice
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-import psutil
 import torch
 
 from dynkit.data.arrays import Memory, take_stored
@@ -36,6 +36,7 @@ _Piece = tuple[dict[str, Stored], torch.Tensor | None]  # fields as stored, and 
 _SUPER_BATCH_BYTES = 4 << 20  # stays in the processor's cache until its batches are used
 _CACHE_BYTES = 512 << 20
 _DEPTH = 2  # super-batches that are copied at a time
+_MEMORY_BYTES = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 _LAST = ("keep", "drop", "join")
 
 
@@ -145,7 +146,7 @@ class Batches:
             return self._planned(window_bytes, windowed=True, reason="chunks are compressed and decoded once per epoch")
         if not isinstance(version.store, Folder):
             return self._planned(window_bytes, windowed=True, reason="samples are fetched from remote storage")
-        limit = psutil.virtual_memory().total // 2 if self._cache_bytes is None else self._cache_bytes
+        limit = _MEMORY_BYTES // 2 if self._cache_bytes is None else self._cache_bytes
         stored = sum(entry["bytes"] for entry in version.segments)
         if stored > limit:
             reason = f"{stored} bytes of samples do not fit in {limit}"
@@ -174,6 +175,8 @@ class Batches:
         images = any(field.kind == "image" for field in self._version.fields.values())
         if self._plan.windowed:
             batches = _ahead(partial(self._send, *piece) for piece in self._windows())
+        elif len(self._keys) <= self._plan.rows:  # one piece: nothing is ahead of it
+            batches = map(self._load, self._pieces(self._plan.rows))
         elif self._plan.rows == self._batch_size and self._device.type != "cuda":  # large: all threads copy one
             batches = (self._send(*self._stored(piece, None)) for piece in self._pieces(self._plan.rows))
         elif images:  # their decoding takes all threads

@@ -16,7 +16,7 @@ from dynkit.data.segments import files_of
 from dynkit.data.store import Folder, Remote
 from dynkit.errors import Conflict, NotFound, StorageError
 
-__all__ = ["Manifest", "commit", "files", "head", "load", "numbers", "path_of"]
+__all__ = ["Manifest", "commit", "files", "head", "load", "numbers", "path_of", "read"]
 
 Manifest = dict[str, Any]
 
@@ -33,7 +33,14 @@ def numbers(store: Folder | Remote) -> list[int]:
 
 def head(store: Folder | Remote) -> int:
     """Return number of the newest version, 0 when there is none."""
-    return max(numbers(store), default=0)
+    number, manifest = store.newest
+    if number and store.exists(path_of(number)):  # versions follow each other: look for the next, not at all of them
+        while store.exists(path_of(number + 1)):
+            number, manifest = number + 1, None
+    else:
+        number, manifest = max(numbers(store), default=0), None
+    store.newest = number, manifest
+    return number
 
 
 def path_of(number: int) -> str:
@@ -42,6 +49,27 @@ def path_of(number: int) -> str:
 
 
 def load(store: Folder | Remote, number: int) -> Manifest:
+    """Read and check a manifest; not again, if it is the one read last.
+
+    Raises
+    ------
+    NotFound
+        When there is no such version.
+    StorageError
+        When it is damaged or of another format.
+    """
+    newest, manifest = store.newest
+    if newest != number or manifest is None:
+        manifest = read(store, number)
+        if newest == number:
+            store.newest = number, manifest
+    elif not store.exists(path_of(number)):
+        raise NotFound(f"no version {number}")
+    found: Manifest = manifest
+    return found
+
+
+def read(store: Folder | Remote, number: int) -> Manifest:
     """Read and check a manifest.
 
     Raises

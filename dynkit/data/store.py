@@ -38,6 +38,9 @@ class Store(Protocol):
     def names(self, folder: str) -> list[str]:
         """Names of the files in a folder; empty when there is no such folder."""
 
+    def exists(self, path: str) -> bool:
+        """Whether a file is there."""
+
     def read(self, path: str) -> bytes:
         """Content of a small file; FileNotFoundError when it is not there."""
 
@@ -73,6 +76,7 @@ class Folder:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self.newest: tuple[int, Any] = (0, None)  # the last version that was seen, and its manifest if it was read
 
     def names(self, folder: str) -> list[str]:
         """See `Store`."""
@@ -80,6 +84,10 @@ class Folder:
             return [path.name for path in (self.root / folder).iterdir()]
         except FileNotFoundError:
             return []
+
+    def exists(self, path: str) -> bool:
+        """See `Store`."""
+        return (self.root / path).exists()
 
     def read(self, path: str) -> bytes:
         """See `Store`."""
@@ -173,6 +181,7 @@ class Remote:
         except ImportError:
             raise StorageError("remote datasets need obstore; type: pip install 'dynkit[s3]'") from None
         self.url = url
+        self.newest: tuple[int, Any] = (0, None)
         self._obstore = obstore
         options: dict[str, Any] = {}
         if os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://"):
@@ -184,6 +193,14 @@ class Remote:
         """See `Store`."""
         listed = self._obstore.list_with_delimiter(self._store, f"{folder}/")
         return [entry["path"].rsplit("/", 1)[-1] for entry in listed["objects"]]
+
+    def exists(self, path: str) -> bool:
+        """See `Store`."""
+        try:
+            self._obstore.head(self._store, path)
+        except FileNotFoundError:
+            return False
+        return True
 
     def read(self, path: str) -> bytes:
         """See `Store`."""

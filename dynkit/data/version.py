@@ -59,12 +59,12 @@ class Version:
         schema: dict[str, Any] = self.manifest["schema"]
         return schema
 
-    @property
+    @cached_property
     def compressed(self) -> bool:
         """Whether any field must be decoded."""
         return any(layout["codec"] != "none" for entry in self.segments for layout in entry["arrays"].values())
 
-    @property
+    @cached_property
     def row_bytes(self) -> int:
         """Mean size of a sample as stored, decoded."""
         rows = sum(int(entry["rows"]) for entry in self.segments)

@@ -20,7 +20,7 @@ from blake3 import blake3
 from dynkit.data.arrays import Memory
 from dynkit.data.fields import Array, Field
 from dynkit.data.labels import label_field, label_type
-from dynkit.data.manifest import Manifest, commit, files, load, numbers, path_of
+from dynkit.data.manifest import Manifest, commit, files, load, numbers, path_of, read
 from dynkit.data.manifest import head as head_of
 from dynkit.data.prepare import Prepared
 from dynkit.data.segments import SEGMENT_BYTES, SegmentWriter, files_of, new_id, read_index, write_index, write_table
@@ -201,8 +201,8 @@ def _discard(root: Path, segment: str) -> None:
 
 
 def _next_key(store: Store) -> int:
-    known = numbers(store)
-    return int(load(store, known[-1])["next_key"]) if known else 0
+    number = head_of(store)
+    return int(load(store, number)["next_key"]) if number else 0
 
 
 class ClassesChanged(Conflict):
@@ -417,7 +417,7 @@ def verify(store: Store) -> None:
     problems = []
     for number in numbers(store):
         try:
-            hashes.update(files(load(store, number)))
+            hashes.update(files(read(store, number)))
         except StorageError as error:
             problems.append(str(error))
 

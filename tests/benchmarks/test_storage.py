@@ -41,14 +41,15 @@ def samples_of(rng: np.random.Generator, rows: int, shape: tuple[int, ...]) -> n
 
 
 def raced(contestants: dict[str, Callable[[], int]], rounds: int = ROUNDS) -> dict[str, float]:
-    """Median seconds of each, interleaved; every one must have read as many samples."""
+    """Median seconds of each, interleaved; each round begins with another one."""
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for contestant in contestants.values():
         contestant()  # warms caches of all kinds
-    for _ in range(rounds):
-        for name, contestant in contestants.items():
+    names = list(contestants)
+    for turn in range(rounds):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
             begin = time.perf_counter()
-            contestant()
+            contestants[name]()
             seconds[name].append(time.perf_counter() - begin)
     return {name: float(np.median(some)) for name, some in seconds.items()}
 
