@@ -28,7 +28,7 @@ from dynkit.data.version import Version
 from dynkit.errors import InvalidInput
 from dynkit.time import IntArray
 
-__all__ = ["Batch", "Batches", "slice_batch"]
+__all__ = ["Batch", "Batches", "length_of", "slice_batch"]
 
 Batch = dict[str, torch.Tensor]
 _Piece = tuple[dict[str, Stored], torch.Tensor | None]  # fields as stored, and weights
@@ -163,7 +163,7 @@ class Batches:
 
     def __iter__(self) -> Iterator[Batch]:
         for super_batch in self.super_batches():
-            for low, high in self._spans(_length(super_batch)):
+            for low, high in self._spans(length_of(super_batch)):
                 if self._on_batch is not None:
                     self._on_batch(high - low)
                 self.passed += high - low
@@ -259,7 +259,7 @@ class Batches:
         uniform: IntArray = torch.randperm(n, generator=generator).numpy()
         if not self._plan.windowed or n <= self._plan.rows:
             return uniform
-        chunk = self._version.chunk_of(self._keys)
+        chunk = self._version.chunk_of(self._rows)
         rank = torch.randperm(int(chunk.max()) + 1, generator=generator).numpy()
         by_chunk = np.argsort(rank[chunk], kind="stable")
         window = np.arange(n) // self._plan.rows
@@ -282,7 +282,8 @@ class Batches:
             yield low, min(low + size, n)
 
 
-def _length(batch: Batch) -> int:
+def length_of(batch: Batch) -> int:
+    """Return the number of samples of a batch."""
     return int(next(iter(batch.values())).size(0))
 
 

@@ -20,7 +20,7 @@ from dynkit.data import live, manifest, writing
 from dynkit.data.batches import Batches
 from dynkit.data.hashing import hash_rows
 from dynkit.data.iterable import IterableSamples
-from dynkit.data.labels import label_series
+from dynkit.data.labels import fits, label_series
 from dynkit.data.prepare import prepare_all, roles_of
 from dynkit.data.sources import blocks, progress_bar
 from dynkit.data.splits import in_split, select_rows, split_rule
@@ -224,8 +224,7 @@ class Dataset:
             raise InvalidInput(f"{len(keys)} keys and {len(series)} labels")
         if series.null_count():
             raise InvalidInput(f"{series.null_count()} of the labels are null; give only those that are known")
-        fits = given["shape"] == known["shape"] and (given["classes"] is None) == (known["classes"] is None)
-        if not fits or given["dtype"].startswith("float") > known["dtype"].startswith("float"):
+        if not fits(given, known):
             raise InvalidInput(
                 f"labels are {series.dtype}; dataset {self.name!r} has {known['dtype']} {known['shape']}"
             )

@@ -13,7 +13,7 @@ from dynkit.data.fields import Array, Spans, Stored
 from dynkit.data.version import Version
 from dynkit.time import IntArray
 
-__all__ = ["hash_rows"]
+__all__ = ["hash_rows", "mix"]
 
 _BLOCK_BYTES = 16 << 20
 _M1, _M2, _STEP = (np.uint64(n) for n in (0xBF58476D1CE4E5B9, 0x94D049BB133111EB, 0x9E3779B97F4A7C15))
@@ -29,16 +29,14 @@ def hash_rows(version: Version, keys: IntArray) -> "np.ndarray[tuple[int], np.dt
     for low in range(0, len(keys), step):
         some = keys[low : low + step]
         rows = version.rows_of(some)
-        for name, field in version.stored_fields.items():
-            stored = (
-                version.labels(some, rows, memory) if name == "label" else version.stored(name, field, rows, memory)
-            )
-            part = hashes[low : low + step]
-            part[:] = _mix(part * _M1 + _hash(stored))
+        part = hashes[low : low + step]
+        for stored in version.gather_stored(some, rows, memory=memory).values():
+            part[:] = mix(part * _M1 + _hash(stored))
     return hashes
 
 
-def _mix(x: U64) -> U64:
+def mix(x: U64) -> U64:
+    """Mix the bits of each number: the finalizer of SplitMix64 (Steele et al. 2014, figure 16)."""
     x = (x ^ (x >> np.uint64(30))) * _M1
     x = (x ^ (x >> np.uint64(27))) * _M2
     return x ^ (x >> np.uint64(31))
@@ -47,17 +45,17 @@ def _mix(x: U64) -> U64:
 def _hash(stored: Stored) -> U64:
     if isinstance(stored, Spans):
         if not len(stored.values):
-            return _mix(stored.lengths.astype(np.uint64))
+            return mix(stored.lengths.astype(np.uint64))
         words = _words(stored.values.reshape(len(stored.values), -1))
-        numbers = words[:, 0] if words.shape[1] == 1 else _mix(words[:, 0]) + words[:, 1]  # complex128 has two
+        numbers = words[:, 0] if words.shape[1] == 1 else mix(words[:, 0]) + words[:, 1]  # complex128 has two
         place = np.arange(len(numbers), dtype=np.uint64) - np.repeat(stored.starts.astype(np.uint64), stored.lengths)
         until = np.cumsum(
-            np.concatenate([[np.uint64(0)], _mix(numbers + (place + np.uint64(1)) * _STEP)]), dtype=np.uint64
+            np.concatenate([[np.uint64(0)], mix(numbers + (place + np.uint64(1)) * _STEP)]), dtype=np.uint64
         )
-        return _mix(until[stored.starts + stored.lengths] - until[stored.starts] + stored.lengths.astype(np.uint64))
+        return mix(until[stored.starts + stored.lengths] - until[stored.starts] + stored.lengths.astype(np.uint64))
     words = _words(stored.reshape(len(stored), -1))
     places = (np.arange(words.shape[1], dtype=np.uint64) + np.uint64(1)) * _STEP
-    sums: U64 = _mix(words + places).sum(axis=1, dtype=np.uint64)
+    sums: U64 = mix(words + places).sum(axis=1, dtype=np.uint64)
     return sums
 
 

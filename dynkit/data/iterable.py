@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from dynkit.data.batches import Batch, Batches
+from dynkit.data.batches import Batch, Batches, length_of
 from dynkit.errors import InvalidInput
 from dynkit.time import IntArray
 
@@ -97,7 +97,7 @@ class IterableSamples(IterableDataset[Batch]):
             self._dataset.open(), part[self._position :], batch_size=self._batch_size or 512, **self._options
         )
         for batch in batches:
-            n = int(next(iter(batch.values())).size(0))
+            n = length_of(batch)
             if self._batch_size is not None:
                 self._position += n
                 yield batch

@@ -5,6 +5,7 @@ batches take them from, are numbers: classes given as text become codes in the o
 missing label becomes `MISSING` (NaN among floats).
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,17 @@ import polars as pl
 from dynkit.data.fields import Array, Field
 from dynkit.errors import InvalidInput
 
-__all__ = ["MISSING", "column_types", "label_field", "label_series", "label_type", "label_values"]
+__all__ = [
+    "MISSING",
+    "column_types",
+    "fits",
+    "label_field",
+    "label_series",
+    "label_type",
+    "label_values",
+    "stored_fields",
+    "with_classes",
+]
 
 MISSING = -100
 """A label that is not known yet, in a batch: the class that torch's losses ignore. Of a float label, NaN."""
@@ -24,6 +35,24 @@ Label = dict[str, Any]  # name, dtype, shape, classes (None: numbers)
 def label_field(label: Label | None) -> Field | None:
     """How labels are stored."""
     return None if label is None else Field("array", label["dtype"], tuple(label["shape"]))
+
+
+def stored_fields(schema: dict[str, Any]) -> dict[str, Field]:
+    """Return the fields of a schema, and the label where there is one."""
+    label = label_field(schema["label"])
+    fields = {name: Field.from_json(value) for name, value in schema["fields"].items()}
+    return fields if label is None else {**fields, "label": label}
+
+
+def with_classes(label: Label, classes: Iterable[str]) -> Label:
+    """Return a label of texts with classes that are new to it, after those that it has."""
+    return {**label, "classes": list(dict.fromkeys([*label["classes"], *classes]))}
+
+
+def fits(given: Label, label: Label) -> bool:
+    """Whether labels that were given can be kept as `label` says: of its shape, texts or numbers, whole if it is."""
+    alike = given["shape"] == label["shape"] and (given["classes"] is None) == (label["classes"] is None)
+    return alike and given["dtype"].startswith("float") <= label["dtype"].startswith("float")
 
 
 def label_type(label: Label) -> pl.DataType:

@@ -16,12 +16,12 @@ from dynkit.data.segments import files_of
 from dynkit.data.store import Folder, Remote
 from dynkit.errors import Conflict, NotFound, StorageError
 
-__all__ = ["Manifest", "commit", "files", "head", "load", "numbers", "path_of", "read"]
+__all__ = ["LISTS", "Manifest", "commit", "files", "head", "load", "numbers", "path_of", "read"]
 
 Manifest = dict[str, Any]
 
 FORMAT = 2
-_LISTS = ("segments", "tombstones", "labels", "sources")
+LISTS = ("segments", "tombstones", "labels", "sources")
 _PATIENCE = 1000  # times that somebody else may be faster
 
 
@@ -49,15 +49,7 @@ def path_of(number: int) -> str:
 
 
 def load(store: Folder | Remote, number: int) -> Manifest:
-    """Read and check a manifest; not again, if it is the one read last.
-
-    Raises
-    ------
-    NotFound
-        When there is no such version.
-    StorageError
-        When it is damaged or of another format.
-    """
+    """Read and check a manifest as `read` does, but only once the newest one that `head` has seen."""
     newest, manifest = store.newest
     if newest != number or manifest is None:
         manifest = read(store, number)
@@ -138,7 +130,7 @@ def files(manifest: Manifest) -> Iterator[tuple[str, str]]:
     """Every file that a version refers to, with its hash."""
     for entry in manifest["segments"]:
         yield from files_of(entry)
-    for kind in _LISTS[1:]:
+    for kind in LISTS[1:]:
         for entry in manifest[kind]:
             yield f"{kind}/{entry['id']}.arrow", entry["hash"]
 

@@ -15,7 +15,7 @@ from blake3 import blake3
 
 from dynkit.data.arrays import take_stored
 from dynkit.data.fields import Array, Field, Spans, Stored, check_field_name, field_of, hash_stored
-from dynkit.data.labels import column_types, label_series, label_type, label_values
+from dynkit.data.labels import column_types, fits, label_series, label_type, label_values, with_classes
 from dynkit.errors import InvalidInput, did_you_mean
 
 __all__ = ["Prepared", "Roles", "prepare", "prepare_all", "roles_of"]
@@ -233,12 +233,10 @@ def _fit(series: pl.Series | None, found: Schema, schema: Schema, rows: int) -> 
     given = found["label"]
     if label is None:
         raise InvalidInput(f"label: the dataset has none, the new samples have {given['name']!r}")
-    same = given["shape"] == label["shape"] and (given["classes"] is None) == (label["classes"] is None)
-    if not same or given["dtype"].startswith("float") > label["dtype"].startswith("float"):
+    if not fits(given, label):
         raise InvalidInput(f"label: the dataset has {_named(label)}, the new samples {_named(given)}")
     if label["classes"] is not None:
-        known = dict.fromkeys([*label["classes"], *given["classes"]])
-        label = {**label, "classes": list(known)}
+        label = with_classes(label, given["classes"])
     return series.cast(label_type(label)), {**schema, "label": label}
 
 

@@ -77,7 +77,7 @@ class SegmentWriter:
 
     def __init__(self, root: Path, fields: Mapping[str, Field], codec: str) -> None:
         self.id = new_id()
-        self._root, self._fields = root, fields
+        self._root = root
         self._group = root / "segments" / f"{self.id}.zarr"
         self._group.mkdir(parents=True)
         self._arrays = {
@@ -86,7 +86,6 @@ class SegmentWriter:
             for array, spec in arrays_of(name, field, codec).items()
         }
         self._index: list[pl.DataFrame] = []
-        self.rows = 0
         self.size_bytes = 0
 
     def write(self, index: pl.DataFrame, fields: Mapping[str, Stored]) -> None:
@@ -101,7 +100,6 @@ class SegmentWriter:
                 self._arrays[name].write(stored)
                 self.size_bytes += stored.nbytes
         self._index.append(index)
-        self.rows += index.height
 
     def close(self, first_key: int, *, level: int | None) -> Entry:
         """Complete the segment; give keys from `first_key` on to samples that have none.

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from dynkit.data.hashing import mix
 from dynkit.errors import InvalidInput, NotFound, did_you_mean
 
 __all__ = ["held_out", "in_split", "select_rows", "split_rule"]
@@ -82,8 +83,5 @@ def select_rows(table: pl.DataFrame, where: pl.Expr) -> np.ndarray[Any, np.dtype
 
 
 def _hash(keys: "np.ndarray[Any, np.dtype[np.uint64]]", seed: int) -> "np.ndarray[Any, np.dtype[np.float64]]":
-    """Map keys to uniform numbers in [0, 1): the finalizer of SplitMix64 (Steele et al. 2014, figure 16)."""
-    z = keys.astype(np.uint64) + np.uint64((seed + 1) * _GOLDEN % 2**64)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return (z ^ (z >> np.uint64(31))).astype(np.float64) / 2.0**64
+    """Map keys to uniform numbers in [0, 1)."""
+    return mix(keys.astype(np.uint64) + np.uint64((seed + 1) * _GOLDEN % 2**64)).astype(np.float64) / 2.0**64

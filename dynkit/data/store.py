@@ -180,7 +180,6 @@ class Remote:
             import obstore
         except ImportError:
             raise StorageError("remote datasets need obstore; type: pip install 'dynkit[s3]'") from None
-        self.url = url
         self.newest: tuple[int, Any] = (0, None)
         self._obstore = obstore
         options: dict[str, Any] = {}

@@ -12,7 +12,7 @@ import torch
 
 from dynkit.data.arrays import ArraySegment, Decoded, Mapped, Memory
 from dynkit.data.fields import Array, Field, Spans, Stored, span_index
-from dynkit.data.labels import column_types, label_field, label_type, label_values
+from dynkit.data.labels import column_types, label_type, label_values, stored_fields
 from dynkit.data.manifest import Manifest
 from dynkit.data.mapping import slot_rows
 from dynkit.data.segments import arrays_of, read_index, shard_file
@@ -45,12 +45,12 @@ class Version:
         self.segments: list[dict[str, Any]] = manifest["segments"]
         self.rows = sum(int(entry["rows"]) for entry in self.segments)
         self.rows -= sum(int(entry["rows"]) for entry in manifest["tombstones"])
-        self.fields = {name: Field.from_json(value) for name, value in self.schema["fields"].items()}
-        self.label = label_field(self.schema["label"])
+        self.stored_fields = stored_fields(self.schema)
+        self.fields = {name: field for name, field in self.stored_fields.items() if name != "label"}
+        self.label = self.stored_fields.get("label")
         self.memory = Memory()  # of super-batches
-        stored = self.stored_fields.values()
         self._bases = _first_rows(  # of each segment, and the end
-            [entry["rows"] for entry in self.segments], [field.row_bytes for field in stored]
+            [entry["rows"] for entry in self.segments], [field.row_bytes for field in self.stored_fields.values()]
         )
 
     @property
@@ -202,11 +202,6 @@ class Version:
             for array, spec in arrays_of(name, field).items()
         }
 
-    @property
-    def stored_fields(self) -> dict[str, Field]:
-        """The fields, and the label where there is one."""
-        return {**self.fields, **({"label": self.label} if self.label is not None else {})}
-
     def _first_rows(self, array: str) -> IntArray:
         """Return number of the first row of each segment's part of an array, and of the end."""
         layouts = [entry["arrays"][array] for entry in self.segments]
@@ -234,9 +229,8 @@ class Version:
             mapped.open()
         return mapped
 
-    def chunk_of(self, keys: IntArray) -> IntArray:
-        """Return a number for each sample (N,), the same for neighbours that are read together: its chunk or pages."""
-        rows = self.rows_of(keys)
+    def chunk_of(self, rows: IntArray) -> IntArray:
+        """Return a number for each row (N,), the same for neighbours that are read together: its chunk or pages."""
         readers = [reader for reader in self._arrays.values() if isinstance(reader, Decoded)]
         if not readers:
             return rows // max(1, CHUNK_BYTES // self.row_bytes)
@@ -302,9 +296,8 @@ class Version:
     def tensors(self, stored: dict[str, Stored]) -> dict[str, torch.Tensor]:
         """Make tensors of stored samples; here images are decoded."""
         batch: dict[str, torch.Tensor] = {}
-        fields = self.stored_fields
         for name, rows in stored.items():
-            field = fields[name]
+            field = self.stored_fields[name]
             batch.update({name: _images(name, field, rows)} if field.kind == "image" else field.tensors(name, rows))
         return batch
 

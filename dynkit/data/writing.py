@@ -18,9 +18,9 @@ import polars as pl
 from blake3 import blake3
 
 from dynkit.data.arrays import Memory
-from dynkit.data.fields import Array, Field
-from dynkit.data.labels import label_field, label_type
-from dynkit.data.manifest import Manifest, commit, files, load, numbers, path_of, read
+from dynkit.data.fields import Array
+from dynkit.data.labels import label_type, stored_fields, with_classes
+from dynkit.data.manifest import LISTS, Manifest, commit, files, load, numbers, path_of, read
 from dynkit.data.manifest import head as head_of
 from dynkit.data.prepare import Prepared
 from dynkit.data.segments import SEGMENT_BYTES, SegmentWriter, files_of, new_id, read_index, write_index, write_table
@@ -52,7 +52,7 @@ Entry = dict[str, Any]
 
 def empty_manifest(schema: dict[str, Any]) -> Manifest:
     """Return what a dataset without samples refers to."""
-    lists: Manifest = {name: [] for name in ("segments", "tombstones", "labels", "sources")}
+    lists: Manifest = {name: [] for name in LISTS}
     return {"schema": schema, "splits": {}, "next_key": 0, "content": None, **lists}
 
 
@@ -219,13 +219,6 @@ def _joined(old: dict[str, Any] | None, new: dict[str, Any] | None) -> dict[str,
     return max(old, new, key=lambda label: len(label["classes"]))
 
 
-def stored_fields(schema: dict[str, Any]) -> dict[str, Field]:
-    """Return the fields of a schema, and the label where there is one."""
-    label = label_field(schema["label"])
-    fields = {name: Field.from_json(value) for name, value in schema["fields"].items()}
-    return fields if label is None else {**fields, "label": label}
-
-
 def _merge_tail(store: Store, root: Path, manifest: Manifest, codec: str) -> Manifest:
     """Merge the last segments when a level is full."""
     while True:
@@ -259,17 +252,12 @@ def _rewrite(
     table = source.columns().sort("key")
     if not table.height:
         return None
-    fields = source.stored_fields
-    writer, memory = SegmentWriter(root, fields, codec), Memory()
+    writer, memory = SegmentWriter(root, source.stored_fields, codec), Memory()
     try:
         block_rows = max(1, _BLOCK_BYTES // source.row_bytes)
         for index in table.iter_slices(block_rows):
             keys = index["key"].to_numpy().astype(np.int64)
-            rows = source.rows_of(keys)
-            blocks = {name: source.stored(name, field, rows, memory) for name, field in fields.items()}
-            if "label" in fields:
-                blocks["label"] = source.labels(keys, rows, memory)
-            writer.write(index, blocks)
+            writer.write(index, source.gather_stored(keys, source.rows_of(keys), memory=memory))
         entry = writer.close(0, level=level)
     except BaseException:
         writer.abandon()
@@ -306,8 +294,7 @@ def relabel(store: Store, keys: IntArray, labels: pl.Series) -> int:
             label = old["schema"]["label"]
             Version(store, old).rows_of(keys)  # all there?
             if label["classes"] is not None:
-                known = dict.fromkeys([*label["classes"], *labels.drop_nulls().unique(maintain_order=True)])
-                label = {**label, "classes": list(known)}
+                label = with_classes(label, labels.drop_nulls().unique(maintain_order=True))
             frame = pl.DataFrame({"key": keys.astype(np.uint64), "label": labels.cast(label_type(label))})
             changed = {**old, "schema": {**old["schema"], "label": label}}
             return with_side(store, root, changed, "labels", frame)
