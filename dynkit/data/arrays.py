@@ -223,20 +223,16 @@ class Decoded:
 
 
 def take_rows(table: Array, rows: IntArray, out: Array | None = None) -> Array:
-    """Copy rows of a table (M, row_bytes) in this order.
-
-    Without `out`, several threads copy when there is much; with it, the caller has several of these calls under way.
-    """
-    alone = out is not None
+    """Copy rows of a table (M, row_bytes) in this order; several threads copy when there is much."""
     if out is None:
         out = np.empty((len(rows), table.shape[1]), np.uint8)
     if table.shape[1] in (2, 4, 8):  # one number a row
         number = f"u{table.shape[1]}"
         np.take(table.view(number)[:, 0], rows, out=out.view(number)[:, 0], mode="clip")
         return out
-    if alone or out.nbytes < _PARALLEL_BYTES or _WORKERS == 1:
+    if out.nbytes < _PARALLEL_BYTES or _WORKERS == 1:
         return np.take(table, rows, axis=0, out=out, mode="clip") if len(rows) else out
-    cuts = np.linspace(0, len(rows), _WORKERS + 1, dtype=np.int64).tolist()
+    cuts = [len(rows) * i // _WORKERS for i in range(_WORKERS + 1)]
     copies = [
         threads().submit(np.take, table, rows[low:high], axis=0, out=out[low:high], mode="clip")
         for low, high in pairwise(cuts[:-1])

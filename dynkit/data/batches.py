@@ -9,10 +9,9 @@ selection no larger than a window is shuffled uniformly.
 """
 
 import os
-from collections import deque
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from functools import cached_property, partial
 from itertools import islice
 from typing import Any, NamedTuple, TypeVar
@@ -22,7 +21,6 @@ import torch
 
 from dynkit.data.arrays import Memory, take_stored
 from dynkit.data.fields import Stored
-from dynkit.data.shards import threads
 from dynkit.data.store import Folder
 from dynkit.data.version import Version
 from dynkit.errors import InvalidInput
@@ -31,11 +29,9 @@ from dynkit.time import IntArray
 __all__ = ["Batch", "Batches", "length_of", "slice_batch"]
 
 Batch = dict[str, torch.Tensor]
-_Piece = tuple[dict[str, Stored], torch.Tensor | None]  # fields as stored, and weights
 
-_SUPER_BATCH_BYTES = 4 << 20  # stays in the processor's cache until its batches are used
+_SUPER_BATCH_BYTES = 8 << 20  # stays in the processor's last cache until its batches are used
 _CACHE_BYTES = 512 << 20
-_DEPTH = 2  # super-batches that are copied at a time
 _MEMORY_BYTES = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 _LAST = ("keep", "drop", "join")
 
@@ -163,11 +159,11 @@ class Batches:
 
     def __iter__(self) -> Iterator[Batch]:
         for super_batch in self.super_batches():
-            for low, high in self._spans(length_of(super_batch)):
+            spans = list(self._spans(length_of(super_batch)))
+            for (low, high), batch in zip(spans, _cut(super_batch, spans), strict=True):
                 if self._on_batch is not None:
                     self._on_batch(high - low)
                 self.passed += high - low
-                batch = slice_batch(super_batch, low, high)
                 yield batch if self._transform is None else self._transform(batch)
 
     def super_batches(self) -> Iterator[Batch]:
@@ -175,31 +171,31 @@ class Batches:
         images = any(field.kind == "image" for field in self._version.fields.values())
         if self._plan.windowed:
             batches = _ahead(partial(self._send, *piece) for piece in self._windows())
-        elif len(self._keys) <= self._plan.rows:  # one piece: nothing is ahead of it
-            batches = map(self._load, self._pieces(self._plan.rows))
-        elif self._plan.rows == self._batch_size and self._device.type != "cuda":  # large: all threads copy one
-            batches = (self._send(*self._stored(piece, None)) for piece in self._pieces(self._plan.rows))
-        elif images:  # their decoding takes all threads
-            batches = _ahead(partial(self._load, piece) for piece in self._pieces(self._plan.rows))
+        elif images or self._device.type == "cuda":
+            batches = _ahead(partial(self._load, *piece) for piece in self._pieces(self._plan.rows))
         else:
-            batches = _ahead((partial(self._load, piece) for piece in self._pieces(self._plan.rows)), threads(), _DEPTH)
+            batches = _in_time(partial(self._load, *piece) for piece in self._pieces(self._plan.rows))
         for batch in batches:
             if self._device.type == "cuda":  # tell the allocator who uses what the copying stream allocated
                 for part in (part for tensor in batch.values() for part in _parts(tensor)):
                     part.record_stream(torch.cuda.current_stream(self._device))
             yield batch
 
-    def _load(self, piece: "IntArray | slice") -> Batch:
-        return self._send(*self._stored(piece, self._version.memory))
+    def _load(self, rows: IntArray, weights: torch.Tensor | None) -> Batch:
+        return self._send(self._stored(rows, self._version.memory), weights)
 
-    def _pieces(self, rows: int) -> Iterator["IntArray | slice"]:
-        """Places in the selection in the order of this epoch, so many at a time."""
+    def _pieces(self, size: int) -> Iterator[tuple[IntArray, torch.Tensor | None]]:
+        """Rows and weights in the order of this epoch, so many at a time."""
         n = len(self._keys)
         if self._last == "drop":
             n -= n % self._batch_size
-        order = self._order(self._epoch) if self._shuffle else None
+        rows, weights = self._rows, self._weights
+        if self._shuffle:
+            order = self._order(self._epoch)
+            rows, weights = rows[order], None if weights is None else weights[torch.from_numpy(order)]
         self._epoch += 1
-        yield from (slice(low, high) if order is None else order[low:high] for low, high in self._edges(n, rows))
+        for low, high in self._edges(n, size):
+            yield rows[low:high], None if weights is None else weights[low:high].clone()
 
     def _edges(self, n: int, rows: int) -> list[tuple[int, int]]:
         """Cut ``range(n)`` into pieces of several batches."""
@@ -208,33 +204,30 @@ class Batches:
             edges[-2:] = [(edges[-2][0], n)]
         return edges
 
-    def _stored(self, piece: "IntArray | slice", memory: Memory | None) -> _Piece:
+    def _stored(self, rows: IntArray, memory: Memory) -> dict[str, Stored]:
         """Gather samples as they are stored."""
-        stored = self._version.gather_stored(self._keys[piece], self._rows[piece], self._fields, memory)
+        stored = self._version.gather_stored(rows, self._fields, memory)
         if self._plan.windowed and not self._version.compressed:
             self._version.drop_pages()
-        return stored, None if self._weights is None else self._weights[piece].clone()
+        return stored
 
-    def _windows(self) -> Iterator[_Piece]:
+    def _windows(self) -> Iterator[tuple[dict[str, Stored], torch.Tensor | None]]:
         """Super-batches out of windows; a window is read while the one before is used."""
-        rows = self._batch_size * max(1, _SUPER_BATCH_BYTES // (self._version.row_bytes * self._batch_size))
-
+        size = self._batch_size * max(1, _SUPER_BATCH_BYTES // (self._version.row_bytes * self._batch_size))
         memory = Memory()
 
-        def load(piece: "IntArray | slice") -> tuple[_Piece, "IntArray | None"]:
-            if isinstance(piece, slice):
-                return self._stored(piece, memory), None
-            by_place = np.argsort(self._rows[piece])  # neighbours are decoded together
-            places = np.empty_like(by_place)
-            places[by_place] = np.arange(len(by_place))
-            return self._stored(piece[by_place], memory), places
+        def load(rows: IntArray, weights: torch.Tensor | None) -> tuple[dict[str, Stored], IntArray, Any]:
+            places = np.arange(len(rows))
+            if self._shuffle:
+                by_place = np.argsort(rows)  # neighbours are decoded together
+                rows, places[by_place] = rows[by_place], np.arange(len(rows))
+            return self._stored(rows, memory), places, weights
 
-        for (stored, weights), places in _ahead(partial(load, piece) for piece in self._pieces(self._plan.rows)):
-            n = len(next(iter(stored.values())))
-            for low, high in self._edges(n, rows):
-                some = np.arange(low, high) if places is None else places[low:high]
+        for stored, places, weights in _ahead(partial(load, *piece) for piece in self._pieces(self._plan.rows)):
+            for low, high in self._edges(len(places), size):
+                some = places[low:high]
                 part = {name: take_stored(name, values, some, self._version.memory) for name, values in stored.items()}
-                yield part, None if weights is None else weights[some]
+                yield part, None if weights is None else weights[low:high]
 
     def _send(self, stored: dict[str, Stored], weights: torch.Tensor | None) -> Batch:
         """Make a batch of stored samples, on the device."""
@@ -290,14 +283,37 @@ def length_of(batch: Batch) -> int:
 T = TypeVar("T")
 
 
-def _ahead(tasks: Iterator[Callable[[], T]], pool: ThreadPoolExecutor | None = None, depth: int = 1) -> Iterator[T]:
-    """Do tasks in threads, some ahead of their use; one of its own where the tasks use the pool themselves."""
-    with ThreadPoolExecutor(1, thread_name_prefix="dynkit-ahead") if pool is None else nullcontext(pool) as threads:
-        coming = deque(threads.submit(task) for task in islice(tasks, depth))
+def _ahead(tasks: Iterator[Callable[[], T]]) -> Iterator[T]:
+    """Do each task in a thread while the result of the one before is used."""
+    with ThreadPoolExecutor(1, thread_name_prefix="dynkit-ahead") as thread:
+        coming = [thread.submit(task) for task in islice(tasks, 1)]
         while coming:
-            done = coming.popleft().result()
-            coming.extend(threads.submit(task) for task in islice(tasks, 1))
+            done = coming.pop().result()
+            coming = [thread.submit(task) for task in islice(tasks, 1)]
             yield done
+
+
+def _in_time(tasks: Iterator[Callable[[], T]]) -> Iterator[T]:
+    """Do tasks ahead while their results are used for longer than they take, or else when asked: handing over costs."""
+    used = 0.0
+    for task in tasks:
+        begin = time.perf_counter()
+        done = task()
+        ended = time.perf_counter()
+        yield done
+        used = time.perf_counter() - ended
+        if used > ended - begin:
+            yield from _ahead(tasks)
+
+
+def _cut(batch: Batch, spans: list[tuple[int, int]]) -> Iterator[Batch]:
+    """Cut a batch into parts that follow each other."""
+    if any(tensor.is_nested for tensor in batch.values()):
+        yield from (slice_batch(batch, low, high) for low, high in spans)
+    else:
+        sizes = [high - low for low, high in spans]
+        parts = [torch.split(tensor[: sum(sizes)], sizes) for tensor in batch.values()]
+        yield from (dict(zip(batch, part, strict=True)) for part in zip(*parts, strict=True))
 
 
 def slice_batch(batch: Batch, low: int, high: int) -> Batch:

@@ -30,7 +30,7 @@ def hash_rows(version: Version, keys: IntArray) -> "np.ndarray[tuple[int], np.dt
         some = keys[low : low + step]
         rows = version.rows_of(some)
         part = hashes[low : low + step]
-        for stored in version.gather_stored(some, rows, memory=memory).values():
+        for stored in version.gather_stored(rows, memory=memory).values():
             part[:] = mix(part * _M1 + _hash(stored))
     return hashes
 

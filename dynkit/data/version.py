@@ -155,23 +155,28 @@ class Version:
         NotFound
             When a key is not in this version.
         """
-        if not len(keys):
-            return keys
-        first = self.segments[0]["first_key"] if self.segments else 0
-        end = self.segments[-1]["end_key"] if self.segments else 0
-        inside = int(keys.min()) >= first and int(keys.max()) < end
-        if inside and self._plain:
+        rows = self._find(keys)
+        if len(rows) and int(rows.min()) < 0:
+            missing = keys[rows < 0]
+            raise NotFound(f"{len(missing)} keys are not in version {self.number}: {missing[:3].tolist()}...")
+        return rows
+
+    def _find(self, keys: IntArray) -> IntArray:
+        """Return the row of each key, -1 where there is none."""
+        if not len(keys) or not self.segments:
+            return np.full(len(keys), -1, np.int64)
+        first, end = self.segments[0]["first_key"], self.segments[-1]["end_key"]
+        if int(keys.min()) < first or int(keys.max()) >= end:
+            inside = (keys >= first) & (keys < end)
+            rows: IntArray = np.full(len(keys), -1, np.int64)
+            rows[inside] = self._find(keys[inside])
+            return rows
+        if self._plain:
             firsts = np.array([entry["first_key"] for entry in self.segments])
             shift: IntArray = self._bases[:-1] - firsts
             return keys + (shift[0] if len(firsts) == 1 else shift[np.searchsorted(firsts, keys, side="right") - 1])
-        if inside:
-            rows: IntArray = self._lookup[keys - first].astype(np.int64, copy=False)
-            if int(rows.min()) >= 0:
-                return rows
-            missing = keys[rows < 0]
-        else:
-            missing = keys[(keys < first) | (keys >= end)]
-        raise NotFound(f"{len(missing)} keys are not in version {self.number}: {missing[:3].tolist()}...")
+        found: IntArray = self._lookup[keys - first].astype(np.int64, copy=False)
+        return found
 
     @property
     def _plain(self) -> bool:
@@ -261,11 +266,10 @@ class Version:
         NotFound
             When a key is not in this version.
         """
-        return self.tensors(self.gather_stored(keys, self.rows_of(keys), fields))
+        return self.tensors(self.gather_stored(self.rows_of(keys), fields))
 
     def gather_stored(
         self,
-        keys: IntArray,
         rows: IntArray,
         fields: Sequence[str] | None = None,
         memory: Memory | None = None,
@@ -274,8 +278,8 @@ class Version:
 
         Parameters
         ----------
-        keys, rows : (N,) int64
-            The samples, and what `rows_of` says of them.
+        rows : (N,) int64
+            What `rows_of` says of the samples.
         fields : sequence of str or None
         memory : Memory or None
             Of a reader who reads everything once; for others decoded chunks are kept for the next call.
@@ -289,7 +293,7 @@ class Version:
                     raise NotFound(f"no field {name!r}{did_you_mean(name, wanted)}")
             wanted = {name: wanted[name] for name in fields}
         return {
-            name: self.labels(keys, rows, memory) if name == "label" else self.stored(name, field, rows, memory)
+            name: self.labels(rows, memory) if name == "label" else self.stored(name, field, rows, memory)
             for name, field in wanted.items()
         }
 
@@ -321,23 +325,27 @@ class Version:
         segment = np.searchsorted(self._bases, rows, side="right") - 1
         return spans[:, 0] + self._first_rows(name)[segment], spans[:, 1]
 
-    def labels(self, keys: IntArray, rows: IntArray, memory: Memory | None = None) -> Array:
-        """Labels of these samples, with those that came late."""
+    def labels(self, rows: IntArray, memory: Memory | None = None) -> Array:
+        """Labels of the samples in these rows, with those that came late."""
         assert self.label is not None
         labels = self.stored("label", self.label, rows, memory)
         assert isinstance(labels, np.ndarray)
-        if self.late_labels is not None and self.late_labels.height:
-            late_keys, late = self._late
-            place = np.minimum(np.searchsorted(late_keys, keys), len(late_keys) - 1)
-            found = late_keys[place] == keys
+        late_rows, late = self._late
+        if len(late_rows):
+            place = np.minimum(np.searchsorted(late_rows, rows), len(late_rows) - 1)
+            found = late_rows[place] == rows
             labels[found] = late[place[found]]
         return labels
 
     @cached_property
     def _late(self) -> tuple[IntArray, Array]:
-        assert self.late_labels is not None
-        keys = self.late_labels["key"].to_numpy().astype(np.int64)
-        return keys, label_values(self.late_labels["label"], self.schema["label"])
+        """Rows whose labels came late, sorted, and these labels."""
+        if self.late_labels is None:
+            return np.empty(0, np.int64), np.empty(0)
+        rows = self._find(self.late_labels["key"].to_numpy().astype(np.int64))
+        there = np.flatnonzero(rows >= 0)  # not deleted since
+        order = there[np.argsort(rows[there])]
+        return rows[order], label_values(self.late_labels["label"], self.schema["label"])[order]
 
 
 def _first_rows(rows: list[int], row_bytes: list[int]) -> IntArray:

@@ -257,7 +257,7 @@ def _rewrite(
         block_rows = max(1, _BLOCK_BYTES // source.row_bytes)
         for index in table.iter_slices(block_rows):
             keys = index["key"].to_numpy().astype(np.int64)
-            writer.write(index, source.gather_stored(keys, source.rows_of(keys), memory=memory))
+            writer.write(index, source.gather_stored(source.rows_of(keys), memory=memory))
         entry = writer.close(0, level=level)
     except BaseException:
         writer.abandon()
