@@ -11,7 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dynkit import errors, plots, selection, triggers
+    from dynkit import drift, errors, plots, selection, triggers
     from dynkit.data import Dataset
     from dynkit.evaluation import Evaluation, metrics, windows
     from dynkit.pipeline import Pipeline, Run
@@ -32,6 +32,7 @@ __all__ = [
     "Window",
     "Workspace",
     "compare",
+    "drift",
     "errors",
     "metrics",
     "plots",
@@ -50,6 +51,7 @@ _HOME = {
     "Window": "dynkit.types:Window",
     "Workspace": "dynkit.workspace:Workspace",
     "compare": "dynkit.pipeline.compare:compare",
+    "drift": "dynkit.drift:",
     "errors": "dynkit.errors:",
     "metrics": "dynkit.evaluation.metrics:",
     "plots": "dynkit.plots:",

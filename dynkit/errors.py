@@ -18,6 +18,7 @@ A message names the value, what was expected and what to type next.
 
 import difflib
 from collections.abc import Iterable
+from typing import SupportsIndex
 
 __all__ = [
     "Conflict",
@@ -30,6 +31,7 @@ __all__ = [
     "StorageError",
     "TrainingError",
     "WaitTimeout",
+    "check_whole",
     "did_you_mean",
 ]
 
@@ -92,6 +94,18 @@ class RunFailed(DynkitError, RuntimeError):
 
 class WaitTimeout(DynkitError, TimeoutError):
     """A wait reached its limit; what was waited for goes on."""
+
+
+def check_whole(name: str, value: object, least: int) -> None:
+    """Refuse an argument that is not a whole number, or too small.
+
+    >>> check_whole("n", 0, 1)
+    Traceback (most recent call last):
+      ...
+    dynkit.errors.InvalidInput: n=0 must be a whole number, at least 1
+    """
+    if isinstance(value, bool) or not isinstance(value, SupportsIndex) or value.__index__() < least:
+        raise InvalidInput(f"{name}={value!r} must be a whole number, at least {least}")
 
 
 def did_you_mean(name: str, valid: Iterable[str]) -> str:

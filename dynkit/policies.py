@@ -23,9 +23,10 @@ import numpy as np
 from blake3 import blake3
 
 from dynkit.errors import InvalidInput
-from dynkit.types import Metric, Model, Selection, Trigger, Windows
+from dynkit.types import DriftMetric, Metric, Model, Selection, Trigger, Windows
 
 __all__ = [
+    "as_drift_metric",
     "as_metric",
     "as_model",
     "as_selection",
@@ -51,6 +52,11 @@ def as_selection(value: object) -> Selection:
 def as_windows(value: object) -> Windows:
     """Return `value` as Windows: a callable ``(run) -> windows``."""
     return cast(Windows, _as_callable(value, "windows", ("run",)))
+
+
+def as_drift_metric(value: object) -> DriftMetric:
+    """Return `value` as a DriftMetric: a callable ``(reference, current) -> float``."""
+    return cast(DriftMetric, _as_callable(value, "metric", ("reference", "current")))
 
 
 def as_metric(value: object) -> Metric:

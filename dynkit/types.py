@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
+    "DriftMetric",
     "Event",
     "Metric",
     "Model",
@@ -167,6 +168,12 @@ class Metric(Protocol):
     """Scores a model's outputs (N, ...) against labels (N,) of one window; NaN or None where undefined."""
 
     def __call__(self, outputs: "torch.Tensor", labels: "torch.Tensor", /) -> float | None: ...
+
+
+class DriftMetric(Protocol):
+    """Distance between a reference (N, D) and a current (M, D) set of samples: 0 is the same, larger is further."""
+
+    def __call__(self, reference: "torch.Tensor", current: "torch.Tensor", /) -> float: ...
 
 
 class Model(Protocol):

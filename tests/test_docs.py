@@ -58,3 +58,17 @@ def test_links_between_pages_lead_somewhere() -> None:
     for page in [root / "README.md", root / "CONTRIBUTING.md", *DOCS.glob("*.md"), *DOCS.glob("*/*.md")]:
         for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_guide_of_drift_says_what_it_prints() -> None:
+    names: dict[str, object] = {}
+    said = []
+    for block in blocks_of("has-the-data-changed.md"):
+        body, last = block.strip().rsplit("\n", 1)
+        exec(body, names)
+        said.append(eval(last, names))
+    guide = (DOCS / "guides" / "has-the-data-changed.md").read_text()
+    assert said[0].drifted
+    assert said[0].score == pytest.approx(float(re.search(r"score=([\d.]+)", guide)[1]), rel=0.01)
+    assert dict(said[1].select("column", "drifted").iter_rows()) == {"heat": True, "place": False}
+    assert said[2].low < said[2].estimate < said[2].high
