@@ -320,7 +320,7 @@ class Classifier:
         spread = pooled.std(0)
         if not torch.isfinite(spread).all():
             raise InvalidInput("the samples are too large to be compared; scale them first")
-        pooled = (pooled - pooled.mean(0)) / spread.clamp_min(1e-12)
+        pooled = (pooled - pooled.mean(0)) / torch.where(spread > 0, spread, 1)
         pooled = torch.cat([pooled, pooled.square().clamp_max(100)], 1)
         is_current = torch.arange(len(pooled), device=pooled.device) >= len(reference)
         halves = [torch.from_numpy(rng.permutation(n)).to(pooled.device) for n in (len(reference), len(current))]
