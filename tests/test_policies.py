@@ -39,7 +39,15 @@ def test_time_fires_when_a_period_is_over_however_the_stream_is_split(every: str
 
 
 @pytest.mark.parametrize(
-    "selection", [dk.selection.New(), dk.selection.All(), dk.selection.Random(fraction=0.3), dk.selection.Random(n=50)]
+    "selection",
+    [
+        dk.selection.New(),
+        dk.selection.All(),
+        dk.selection.Random(fraction=0.3),
+        dk.selection.Random(n=50),
+        dk.selection.Recent(n=50),
+        dk.selection.ClassBalanced(fraction=0.2),
+    ],
 )
 def test_built_in_selections_pass_the_public_check(selection: object) -> None:
     testing.check_selection(selection)  # type: ignore[arg-type]
@@ -174,3 +182,41 @@ def test_digest_follows_a_users_module_and_the_state_of_objects(tmp_path: Path) 
 def test_describe_gives_names_and_parameters() -> None:
     assert describe(dk.selection.Random(n=3)) == {"random": {"fraction": None, "n": 3}}
     assert describe([dk.windows.Tumbling("3d"), describe]) == [{"tumbling": {"every": "3d", "start": None}}, "describe"]
+
+
+def test_recent_takes_the_newest() -> None:
+    keys = dk.selection.Recent(n=7)(STREAM, testing.StreamView(), np.random.default_rng(0))
+    assert keys.to_list() == STREAM["key"].to_list()[-7:]
+    assert (
+        len(dk.selection.Recent(fraction=0.5)(STREAM, testing.StreamView(), np.random.default_rng(0)))
+        == STREAM.height // 2
+    )
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=6), st.integers(1, 120), st.integers(0, 5))
+def test_class_balanced_fills_classes_like_water(sizes: list[int], n: int, seed: int) -> None:
+    labels = np.random.default_rng(seed).permutation(np.repeat([f"c{i}" for i in range(len(sizes))], sizes))
+    pool = pl.DataFrame({"key": np.arange(len(labels)) * 3, "label": labels})
+    pool = pl.concat([pool, pl.DataFrame({"key": [9999], "label": [None]}, schema=pool.schema)])
+    keys = dk.selection.ClassBalanced(n=n)(pool, testing.StreamView(), np.random.default_rng(seed))
+    counts = pool.filter(pl.col("key").is_in(keys.to_list()))["label"].value_counts()
+    taken = dict(counts.iter_rows())
+    assert len(keys) == keys.n_unique() == min(n, sum(sizes)) and keys.is_sorted()
+    level = max(taken.values())
+    for i, size in enumerate(sizes):  # a class has all it has, or as many as any other but for the last one
+        assert taken.get(f"c{i}", 0) in {size, level, level - 1} and taken.get(f"c{i}", 0) <= size
+        assert taken.get(f"c{i}", 0) >= min(size, level - 1)
+
+
+def test_class_balanced_is_uniform_within_a_class() -> None:
+    pool = pl.DataFrame({"key": range(12), "label": [0] * 10 + [1] * 2})
+    counts = np.zeros(12)
+    for seed in range(3000):
+        counts[dk.selection.ClassBalanced(n=4)(pool, testing.StreamView(), np.random.default_rng(seed)).to_numpy()] += 1
+    assert (counts[10:] == 3000).all()
+    assert np.abs(counts[:10] / 3000 - 0.2).max() < 0.04
+
+
+def test_class_balanced_says_that_it_needs_labels() -> None:
+    with pytest.raises(InvalidInput, match="needs labels"):
+        dk.selection.ClassBalanced(n=4)(STREAM.drop("label"), testing.StreamView(), np.random.default_rng(0))

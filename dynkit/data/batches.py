@@ -295,14 +295,12 @@ def _ahead(tasks: Iterator[Callable[[], T]]) -> Iterator[T]:
 
 def _in_time(tasks: Iterator[Callable[[], T]]) -> Iterator[T]:
     """Do tasks ahead while their results are used for longer than they take, or else when asked: handing over costs."""
-    used = 0.0
     for task in tasks:
         begin = time.perf_counter()
         done = task()
         ended = time.perf_counter()
         yield done
-        used = time.perf_counter() - ended
-        if used > ended - begin:
+        if time.perf_counter() - ended > ended - begin:
             yield from _ahead(tasks)
 
 
