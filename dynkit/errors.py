@@ -18,7 +18,6 @@ A message names the value, what was expected and what to type next.
 
 import difflib
 from collections.abc import Iterable
-from typing import SupportsIndex
 
 __all__ = [
     "Conflict",
@@ -104,7 +103,7 @@ def check_whole(name: str, value: object, least: int) -> None:
       ...
     dynkit.errors.InvalidInput: n=0 must be a whole number, at least 1
     """
-    if isinstance(value, bool) or not isinstance(value, SupportsIndex) or value.__index__() < least:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise InvalidInput(f"{name}={value!r} must be a whole number, at least {least}")
 
 

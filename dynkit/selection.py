@@ -36,7 +36,28 @@ class All:
 
 
 @dataclass(frozen=True)
-class Random:
+class _Budget:
+    """How many samples to keep: a share of them or a number."""
+
+    fraction: float | None = None
+    n: int | None = None
+
+    def __post_init__(self) -> None:
+        if (self.fraction is None) == (self.n is None):
+            name = type(self).__name__
+            raise InvalidInput(f"give either fraction or n: {name}(fraction=0.5) or {name}(n=10_000)")
+        if self.fraction is not None and not (isinstance(self.fraction, int | float) and 0 < self.fraction <= 1):
+            raise InvalidInput(f"fraction={self.fraction!r} must be in (0, 1]")
+        if self.n is not None:
+            check_whole("n", self.n, 1)
+
+    def _of(self, rows: int) -> int:
+        n = self.n if self.n is not None else max(1, round((self.fraction or 0) * rows))
+        return min(n, rows)
+
+
+@dataclass(frozen=True)
+class Random(_Budget):
     """A uniform sample, without replacement, of everything so far.
 
     Parameters
@@ -47,20 +68,14 @@ class Random:
         Number of samples; the whole pool while it has fewer. Exactly one of the two is given.
     """
 
-    fraction: float | None = None
-    n: int | None = None
-
-    def __post_init__(self) -> None:
-        _check_budget(self)
-
     def __call__(self, pool: pl.DataFrame, run: RunView, rng: np.random.Generator) -> pl.Series:
         """Keys of the drawn samples, in replay order."""
-        rows = rng.choice(pool.height, size=_budget(self, pool.height), replace=False, shuffle=False)
+        rows = rng.choice(pool.height, size=self._of(pool.height), replace=False, shuffle=False)
         return pool["key"][np.sort(rows)]
 
 
 @dataclass(frozen=True)
-class Recent:
+class Recent(_Budget):
     """The newest samples.
 
     Parameters
@@ -71,19 +86,13 @@ class Recent:
         Number of samples; the whole pool while it has fewer. Exactly one of the two is given.
     """
 
-    fraction: float | None = None
-    n: int | None = None
-
-    def __post_init__(self) -> None:
-        _check_budget(self)
-
     def __call__(self, pool: pl.DataFrame, run: RunView, rng: np.random.Generator) -> pl.Series:
         """Keys of the last samples of the pool."""
-        return pool["key"].tail(_budget(self, pool.height))
+        return pool["key"].tail(self._of(pool.height))
 
 
 @dataclass(frozen=True)
-class ClassBalanced:
+class ClassBalanced(_Budget):
     """A sample in which every class has the same number of samples, as far as it has that many.
 
     The budget is shared by water filling: a class smaller than its share gives all it has, and the others share what it
@@ -97,12 +106,6 @@ class ClassBalanced:
         Number of samples; all labelled ones while there are fewer. Exactly one of the two is given.
     """
 
-    fraction: float | None = None
-    n: int | None = None
-
-    def __post_init__(self) -> None:
-        _check_budget(self)
-
     def __call__(self, pool: pl.DataFrame, run: RunView, rng: np.random.Generator) -> pl.Series:
         """Keys of the drawn samples, in replay order."""
         if "label" not in pool.columns:
@@ -110,27 +113,11 @@ class ClassBalanced:
         labelled = pool.select("key", "label").drop_nulls("label")
         ranks = labelled["label"].rank("dense").to_numpy()
         _, classes, sizes = np.unique(ranks, return_inverse=True, return_counts=True)
-        shares = _fair_shares(sizes, _budget(self, labelled.height), rng)
+        shares = _fair_shares(sizes, self._of(labelled.height), rng)
         order = rng.permutation(labelled.height)
         by_class = order[np.argsort(classes[order], kind="stable")]
         place = np.arange(labelled.height) - np.repeat(np.cumsum(sizes) - sizes, sizes)  # within its class
         return labelled["key"][np.sort(by_class[place < np.repeat(shares, sizes)])]
-
-
-def _check_budget(selection: "Random | Recent | ClassBalanced") -> None:
-    name, fraction, n = type(selection).__name__, selection.fraction, selection.n
-    if (fraction is None) == (n is None):
-        raise InvalidInput(f"give either fraction or n: {name}(fraction=0.5) or {name}(n=10_000)")
-    if fraction is not None and not (isinstance(fraction, int | float) and 0 < fraction <= 1):
-        raise InvalidInput(f"fraction={fraction!r} must be in (0, 1]")
-    if n is not None:
-        check_whole("n", n, 1)
-
-
-def _budget(selection: "Random | Recent | ClassBalanced", rows: int) -> int:
-    """Return how many of so many samples to keep."""
-    n = selection.n if selection.n is not None else max(1, round((selection.fraction or 0) * rows))
-    return min(n, rows)
 
 
 def _fair_shares(sizes: IntArray, budget: int, rng: np.random.Generator) -> IntArray:

@@ -23,7 +23,7 @@ from dynkit.data.arrays import Memory, take_stored
 from dynkit.data.fields import Stored
 from dynkit.data.store import Folder
 from dynkit.data.version import Version
-from dynkit.errors import InvalidInput
+from dynkit.errors import InvalidInput, check_whole
 from dynkit.time import IntArray
 
 __all__ = ["Batch", "Batches", "length_of", "slice_batch"]
@@ -95,8 +95,7 @@ class Batches:
         last: str = "keep",
         on_batch: Callable[[int], None] | None = None,
     ) -> None:
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise InvalidInput(f"batch_size={batch_size!r} must be a whole number, at least 1")
+        check_whole("batch_size", batch_size, 1)
         if fields is not None and not fields:
             raise InvalidInput("fields=[] leaves nothing to read; None means all")
         if last not in _LAST:

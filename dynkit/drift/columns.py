@@ -75,7 +75,7 @@ def columns(reference: Any, current: Any, test: str = "auto", *, level: float = 
     old, new = same_columns(reference, current)
     tasks = [_task(old[name], new[name], test) for name in old.columns]
     with ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="dynkit-columns") as threads:
-        found = list(threads.map(lambda task: task[1](*task[2:]), tasks))
+        found = list(threads.map(lambda task: _found(*task), tasks))
     scores = np.array([score for score, _ in found], np.float64)
     p_values = np.array([p_value for _, p_value in found], np.float64)
     effects = np.array([_EFFECT[name] for name, *_ in tasks], np.float64)
@@ -123,23 +123,39 @@ def ks_p_values(distances: Numbers, n: int, m: int) -> Numbers:
     return np.clip(p_values, min(1.0, least), 1)
 
 
-def _task(old: pl.Series, new: pl.Series, test: str) -> tuple[str, Callable[..., Found], Any, Any]:
-    """Choose the test of a column, the function that does it, and what it compares."""
+def _task(old: pl.Series, new: pl.Series, test: str) -> tuple[str, pl.Series, pl.Series]:
+    """Choose the test of a column; return it with what it compares."""
     old, new = _comparable(old, new)
-    ordered = old.dtype.is_numeric() or old.dtype.is_temporal()
+    ordered = _ordered(old)
     if not ordered and (old.dtype.is_nested() or old.dtype in (pl.Object, pl.Binary)):
         raise InvalidInput(f"column {old.name!r} is {old.dtype}; leave it out, or compare it by drift.test")
-    if test == "wasserstein" and not ordered:
-        raise InvalidInput(f"column {old.name!r} is {old.dtype}: 'wasserstein' needs numbers; 'auto' takes any column")
-    name = ("ks" if ordered else "chi2") if test == "auto" else test
-    if name in ("ks", "wasserstein") and ordered:
-        return name, (_ks if name == "ks" else _wasserstein), old, new
-    if name == "ks":
-        raise InvalidInput(f"column {old.name!r} is {old.dtype}: 'ks' needs numbers; 'auto' takes any column")
-    compare = {"chi2": _chi2, "psi": _psi, "js": _js, "hellinger": _hellinger}[name]
-    if not ordered:
-        return name, lambda a, b: compare(*_categories(a, b)), old, new
-    return name, lambda a, b: (compare(*_bins(a, b))[0], _ks(a, b)[1]), old, new
+    if test in ("ks", "wasserstein") and not ordered:
+        raise InvalidInput(f"column {old.name!r} is {old.dtype}: {test!r} needs numbers; 'auto' takes any column")
+    return ("ks" if ordered else "chi2") if test == "auto" else test, old, new
+
+
+def _ordered(column: pl.Series) -> bool:
+    return column.dtype.is_numeric() or column.dtype.is_temporal()
+
+
+def _found(test: str, old: pl.Series, new: pl.Series) -> Found:
+    """Score a column, and say how likely its change is by chance."""
+    if _ordered(old):
+        x, y = _values(old), _values(new)
+        if not len(x) or not len(y):
+            return np.nan, np.nan
+        distance, p_value = _ks(x, y)
+        if test == "ks":
+            return distance, p_value
+        if test == "wasserstein":
+            return _wasserstein(x, y, old.name), p_value
+        counts = _bins(x, y)
+        return (_chi2(*counts)[0] if test == "chi2" else _SCORES[test](*counts)), p_value
+    counts = _categories(old, new)
+    if not counts[0].sum() or not counts[1].sum():
+        return np.nan, np.nan
+    effect, p_value = _chi2(*counts)
+    return (effect if test == "chi2" else _SCORES[test](*counts)), p_value
 
 
 def _comparable(old: pl.Series, new: pl.Series) -> tuple[pl.Series, pl.Series]:
@@ -167,14 +183,8 @@ def _values(column: pl.Series) -> Numbers:
     return np.sort(numbers)
 
 
-def _ks(old: pl.Series, new: pl.Series) -> Found:
-    """Kolmogorov-Smirnov distance."""
-    return _ks_sorted(_values(old), _values(new))
-
-
-def _ks_sorted(x: Numbers, y: Numbers) -> Found:
-    if not len(x) or not len(y):
-        return np.nan, np.nan
+def _ks(x: Numbers, y: Numbers) -> Found:
+    """Kolmogorov-Smirnov distance of sorted values."""
     n, m = len(x), len(y)
     # F - G is largest at a value of x, G - F at one of y; of equal values the last one counts and is the largest.
     above = np.arange(1, n + 1) / n - np.searchsorted(y, x, side="right") / m
@@ -183,27 +193,19 @@ def _ks_sorted(x: Numbers, y: Numbers) -> Found:
     return distance, float(ks_p_values(np.array([distance]), n, m)[0])
 
 
-def _wasserstein(old: pl.Series, new: pl.Series) -> Found:
-    """Wasserstein-1 distance in standard deviations of the reference."""
-    x, y = _values(old).astype(np.float64), _values(new).astype(np.float64)
-    if not len(x) or not len(y):
-        return np.nan, np.nan
+def _wasserstein(x: Numbers, y: Numbers, name: str) -> float:
+    """Wasserstein-1 distance of sorted values, in standard deviations of the reference."""
+    x, y = x.astype(np.float64), y.astype(np.float64)
     if not (np.isfinite(x[[0, -1]]).all() and np.isfinite(y[[0, -1]]).all()):
-        raise InvalidInput(f"column {old.name!r} has infinite values; 'wasserstein' needs finite ones, 'ks' takes any")
+        raise InvalidInput(f"column {name!r} has infinite values; 'wasserstein' needs finite ones, 'ks' takes any")
     places = np.concatenate([x, y])
     places.sort(kind="stable")  # two sorted runs are merged
-    apart = np.searchsorted(x, places[:-1], side="right") / len(x) - np.searchsorted(
-        y, places[:-1], side="right"
-    ) / len(y)
-    distance = float(np.abs(apart) @ np.diff(places))
-    return distance / (float(x.std()) or 1.0), _ks_sorted(x, y)[1]
+    below = [np.searchsorted(part, places[:-1], side="right") / len(part) for part in (x, y)]
+    return float(np.abs(below[0] - below[1]) @ np.diff(places)) / (float(x.std()) or 1.0)
 
 
-def _bins(old: pl.Series, new: pl.Series) -> tuple[Numbers, Numbers]:
-    """Count values between the reference's quantiles."""
-    x, y = _values(old), _values(new)
-    if not len(x) or not len(y):
-        return np.zeros(0, np.int64), np.zeros(0, np.int64)
+def _bins(x: Numbers, y: Numbers) -> tuple[Numbers, Numbers]:
+    """Count sorted values between the quantiles of the first."""
     edges, times = np.unique(np.quantile(x, np.arange(1, _BINS) / _BINS), return_counts=True)
     often = edges[(times > 1) | (edges == x[0])]  # a value this frequent has a bin of its own
     edges = np.unique(np.concatenate([edges, np.nextafter(often, -np.inf)]))
@@ -223,8 +225,6 @@ def _categories(old: pl.Series, new: pl.Series) -> tuple[Numbers, Numbers]:
 
 def _chi2(old: Numbers, new: Numbers) -> Found:
     """Cramer's V and the p-value of the chi-square test; rare categories are counted as one."""
-    if not old.sum() or not new.sum():
-        return np.nan, np.nan
     smaller = min(old.sum(), new.sum()) / (old.sum() + new.sum())
     rare = (old + new) * smaller < _EXPECTED
     table = np.stack([old, new])
@@ -238,32 +238,28 @@ def _chi2(old: Numbers, new: Numbers) -> Found:
     return float((chi2 / table.sum()) ** 0.5), float(stats.chi2.sf(chi2, table.shape[1] - 1))
 
 
-def _psi(old: Numbers, new: Numbers) -> Found:
-    """Return the population stability index, and how likely it is by chance."""
-    if not old.sum() or not new.sum():
-        return np.nan, np.nan
+def _psi(old: Numbers, new: Numbers) -> float:
+    """Return the population stability index of counts."""
     p, q = np.maximum(old / old.sum(), _EPSILON), np.maximum(new / new.sum(), _EPSILON)
-    psi = float(((q - p) * np.log(q / p)).sum())
-    return psi, _chi2(old, new)[1]
+    return float(((q - p) * np.log(q / p)).sum())
 
 
-def _js(old: Numbers, new: Numbers) -> Found:
-    """Jensen-Shannon distance to the base 2, from 0 to 1."""
-    if not old.sum() or not new.sum():
-        return np.nan, np.nan
+def _js(old: Numbers, new: Numbers) -> float:
+    """Jensen-Shannon distance to the base 2 of counts, from 0 to 1."""
     p, q = old / old.sum(), new / new.sum()
     middle = (p + q) / 2
     with np.errstate(divide="ignore", invalid="ignore"):
         parts = [np.where(side > 0, side * np.log2(side / middle), 0).sum() for side in (p, q)]
-    return float(max(0.0, sum(parts) / 2) ** 0.5), _chi2(old, new)[1]
+    return float(max(0.0, sum(parts) / 2) ** 0.5)
 
 
-def _hellinger(old: Numbers, new: Numbers) -> Found:
-    """Hellinger distance, from 0 to 1."""
-    if not old.sum() or not new.sum():
-        return np.nan, np.nan
+def _hellinger(old: Numbers, new: Numbers) -> float:
+    """Hellinger distance of counts, from 0 to 1."""
     apart = np.sqrt(old / old.sum()) - np.sqrt(new / new.sum())
-    return float(np.sqrt((apart**2).sum() / 2)), _chi2(old, new)[1]
+    return float(np.sqrt((apart**2).sum() / 2))
+
+
+_SCORES: dict[str, Callable[[Numbers, Numbers], float]] = {"psi": _psi, "js": _js, "hellinger": _hellinger}
 
 
 def _adjusted(p_values: Numbers) -> Numbers:

@@ -192,8 +192,7 @@ class MMD:
         Number of random Fourier features (Rahimi and Recht 2007) in place of all pairs: time and memory grow with the
         samples, not with their square. Permuted are then up to 1 000 chunks of neighbouring rows of each set, which
         also allows for samples that resemble their neighbours. A set of more than 10 000 samples and ten times the
-        other is sampled. None means all pairs up to 10 000 samples in both sets
-        together, and 1 024 features beyond.
+        other is sampled. None means all pairs up to 10 000 samples in both sets together, and 1 024 features beyond.
     """
 
     features: int | None = None

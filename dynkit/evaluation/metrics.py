@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 
-from dynkit.errors import InvalidInput, TrainingError, did_you_mean
+from dynkit.errors import InvalidInput, TrainingError, check_whole, did_you_mean
 from dynkit.policies import as_metric, snake_case
 from dynkit.types import Metric
 
@@ -112,8 +112,7 @@ class TopK(_Streamed):
     k: int = 5
 
     def __post_init__(self) -> None:
-        if isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 1:
-            raise InvalidInput(f"k={self.k!r} must be a whole number, at least 1")
+        check_whole("k", self.k, 1)
 
     def accumulator(self, outputs: torch.Tensor) -> _Accumulator:
         """See `_Streamed`."""

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from dynkit.errors import InvalidInput
+from dynkit.errors import InvalidInput, check_whole
 from dynkit.evaluation.metrics import metric_name, resolve_metric
 from dynkit.evaluation.windows import Tumbling
 from dynkit.policies import as_windows
@@ -42,8 +42,7 @@ class Evaluation:
         names = [metric_name(metric) for metric in self.resolved()]
         if len(set(names)) < len(names):
             raise InvalidInput(f"metrics={names} must have different names")
-        if isinstance(self.batch_size, bool) or not isinstance(self.batch_size, int) or self.batch_size < 1:
-            raise InvalidInput(f"batch_size={self.batch_size!r} must be a whole number, at least 1")
+        check_whole("batch_size", self.batch_size, 1)
 
     def resolved(self) -> list[Metric]:
         """Return the metrics as callables."""

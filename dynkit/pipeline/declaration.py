@@ -6,7 +6,7 @@ from typing import Any
 
 from dynkit.catalog import Catalog
 from dynkit.data import Dataset, check_name
-from dynkit.errors import InvalidInput
+from dynkit.errors import InvalidInput, check_whole
 from dynkit.evaluation.settings import Evaluation
 from dynkit.pipeline.owner import Owner, new_id, new_run
 from dynkit.pipeline.payload import pack
@@ -68,8 +68,7 @@ class Pipeline:
         for name, kind in (("training", Training), ("evaluation", Evaluation)):
             if not isinstance(getattr(self, name), kind):
                 raise InvalidInput(f"{name}={getattr(self, name)!r} must be dk.{kind.__name__}(...)")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
-            raise InvalidInput(f"seed={self.seed!r} must be a whole number, at least 0")
+        check_whole("seed", self.seed, 0)
         object.__setattr__(self, "dataset", dataset)
         object.__setattr__(self, "model", as_model(self.model))
         object.__setattr__(self, "trigger", as_trigger(self.trigger))

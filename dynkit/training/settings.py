@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from dynkit.errors import InvalidInput, did_you_mean
+from dynkit.errors import InvalidInput, check_whole, did_you_mean
 
 __all__ = ["LOSSES", "OPTIMIZERS", "SCHEDULES", "Training"]
 
@@ -74,8 +74,8 @@ class Training:
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "patience"):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise InvalidInput(f"{name}={value!r} must be a whole number, at least 1")
+            if value is not None:
+                check_whole(name, value, 1)
         for name in ("seed", "weight_decay"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, int | float) and value >= 0):
