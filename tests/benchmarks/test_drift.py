@@ -6,29 +6,15 @@ environment of its own and name its Python in the variable EVIDENTLY_PYTHON.
 
 import os
 import subprocess
-import time
 
 import numpy as np
 import polars as pl
 import pytest
 import torch
+from racing import raced
 from scipy import stats
 
 import dynkit as dk
-
-ROUNDS = 5
-
-
-def raced(contestants: dict, rounds: int = ROUNDS) -> dict[str, float]:
-    """Median seconds of each, in turn, after one call to warm up."""
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for turn in range(rounds + 1):
-        for name, contestant in contestants.items():
-            begin = time.perf_counter()
-            contestant()
-            if turn:
-                seconds[name].append(time.perf_counter() - begin)
-    return {name: float(np.median(some)) for name, some in seconds.items()}
 
 
 def show(title: str, seconds: dict[str, float]) -> None:

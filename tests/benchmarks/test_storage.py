@@ -17,10 +17,10 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from racing import raced
 
 import dynkit as dk
 
-ROUNDS = 5
 SHAPES = {"160 B": ((160,), 2_000_000, 512), "3 KB": ((3, 32, 32), 200_000, 512), "150 KB": ((3, 224, 224), 5_000, 64)}
 SHARES = (0.01, 0.1, 1.0)
 
@@ -38,20 +38,6 @@ def samples_of(rng: np.random.Generator, rows: int, shape: tuple[int, ...]) -> n
     """Bytes that compress by about a half, as natural images do."""
     coarse = rng.integers(0, 256, (rows, -(-int(np.prod(shape)) // 4)), dtype=np.uint8)
     return np.repeat(coarse, 4, axis=1)[:, : int(np.prod(shape))].reshape(rows, *shape).copy()
-
-
-def raced(contestants: dict[str, Callable[[], int]], rounds: int = ROUNDS) -> dict[str, float]:
-    """Median seconds of each, interleaved; each round begins with another one."""
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for contestant in contestants.values():
-        contestant()  # warms caches of all kinds
-    names = list(contestants)
-    for turn in range(rounds):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            begin = time.perf_counter()
-            contestants[name]()
-            seconds[name].append(time.perf_counter() - begin)
-    return {name: float(np.median(some)) for name, some in seconds.items()}
 
 
 def show(title: str, seconds: dict[str, float], rows: dict[str, int], first: str = "dynkit") -> None:

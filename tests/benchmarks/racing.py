@@ -1,0 +1,23 @@
+"""Time contestants in turn."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+ROUNDS = 5
+
+
+def raced(contestants: dict[str, Callable[[], Any]], rounds: int = ROUNDS) -> dict[str, float]:
+    """Median seconds of each, interleaved; each round begins with another one."""
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for contestant in contestants.values():
+        contestant()  # warms caches of all kinds
+    names = list(contestants)
+    for turn in range(rounds):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            begin = time.perf_counter()
+            contestants[name]()
+            seconds[name].append(time.perf_counter() - begin)
+    return {name: float(np.median(some)) for name, some in seconds.items()}
