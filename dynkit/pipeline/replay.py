@@ -52,8 +52,8 @@ def replay(load: "Callable[[Owner], Pipeline]", owner: Owner) -> Iterator[Event]
     Yields
     ------
     Event
-        ``started`` (or ``resumed``), for each trigger ``triggered``, ``selected``, ``trained``, then ``evaluated``
-        per window and ``finished``.
+        ``started`` (or ``resumed``), ``decided`` for what a trigger reports, for each trigger ``triggered``,
+        ``selected``, ``trained``, then ``evaluated`` per window and ``finished``.
     """
     with owner:
         loop = _Loop(load(owner), owner)
@@ -68,9 +68,11 @@ def replay(load: "Callable[[Owner], Pipeline]", owner: Owner) -> Iterator[Event]
             loop.view.move(row)
             for offset in _positions(trigger(new, loop.view), new.height):
                 seen = row + offset + 1
+                yield from loop.decided()
                 if seen > loop.view.last_row:  # without new samples there is nothing to train on
                     yield from loop.train(seen, row, snapshot)
-                    loop.view.move(seen, since=-(offset + 1))
+                    loop.view.move(seen, since=-(offset + 1), past=row)
+            yield from loop.decided()
             row += new.height
             loop.show("reading", row)
         loop.view.see_all()
@@ -88,7 +90,7 @@ class _Loop:
         self._begin = 0  # position that the run goes on from; a live stream may have to grow up to it
         self.device = resolve_device(pipeline.training.device)
         self.selection = copy.deepcopy(pipeline.selection)
-        self.view = View(self.stream, owner.store, pipeline.model, self.device)
+        self.view = View(self.stream, owner.store, pipeline, self.device, lambda samples: owner.check())
 
     def restore(self) -> tuple[int, Any]:
         """Return where to go on, and the trigger as it was there."""
@@ -121,6 +123,12 @@ class _Loop:
         """Tell the progress; `position` is in samples of the stream."""
         fraction = (1 - _EVALUATION_SHARE) * position / len(self.stream)
         self.owner.progress = {"phase": phase, "fraction": fraction, "position": int(position), **details}
+
+    def decided(self) -> Iterator[Event]:
+        """Commit what the trigger reported, once: on continuing it decides again what it decided in an earlier life."""
+        reports = [report for report in self.view.reported() if report["position"] > self.owner.decided]
+        if reports:
+            yield from self.owner.decide(reports)
 
     def train(self, seen: int, block_row: int, snapshot: bytes) -> Iterator[Event]:
         """Select, train and commit at one trigger; recognise one that an earlier life of the run committed."""

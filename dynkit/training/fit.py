@@ -7,7 +7,7 @@ tensors on the device), compute `context.loss`, and `context.report` what should
 
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -16,23 +16,16 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional
 
 from dynkit.data import Batch, Batches
 from dynkit.errors import InvalidInput, TrainingError
+from dynkit.training.losses import losses, predict
 from dynkit.training.settings import Training
 
-__all__ = ["Fit", "FitContext", "fit", "predict", "resolve_device", "seeded"]
+__all__ = ["Fit", "FitContext", "fit", "resolve_device", "seeded"]
 
-_NOT_FIELDS = {"label", "weight"}
 _FUSED = {"adam", "adamw", "sgd", "adagrad"}  # one kernel for all parameters, also on the CPU
 _CHECK_LOSS_EVERY = 100  # batches; reading the loss makes a GPU wait
-_PER_SAMPLE: dict[str, Callable[..., torch.Tensor]] = {
-    "bce": functional.binary_cross_entropy_with_logits,
-    "mse": functional.mse_loss,
-    "mae": functional.l1_loss,
-    "huber": functional.huber_loss,
-}
 
 
 class Fit(Protocol):
@@ -76,7 +69,7 @@ class FitContext:
         """
         if outputs.dtype in (torch.float16, torch.bfloat16):
             outputs = outputs.float()  # mixed precision is for the model; labels keep theirs
-        per_sample = _losses(self.training.loss, outputs, batch["label"])
+        per_sample = losses(self.training.loss, outputs, batch["label"])
         if "weight" not in batch:
             return per_sample.mean()
         if per_sample.ndim == 0:
@@ -85,45 +78,6 @@ class FitContext:
             )
         weight = batch["weight"]
         return (per_sample * weight).sum() / weight.sum().clamp_min(torch.finfo(weight.dtype).tiny)
-
-
-def predict(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """Return the outputs of a model for a batch: called with the one field, or with several as keyword arguments."""
-    fields = {name: tensor for name, tensor in batch.items() if name not in _NOT_FIELDS}
-    outputs = model(next(iter(fields.values()))) if len(fields) == 1 else model(**fields)
-    n = next(iter(fields.values())).size(0)
-    if not isinstance(outputs, torch.Tensor) or outputs.ndim == 0 or len(outputs) != n:
-        found = tuple(outputs.shape) if isinstance(outputs, torch.Tensor) else type(outputs).__name__
-        raise TrainingError(f"the model returned {found} for a batch of {n} samples; expected a tensor ({n}, ...)")
-    return outputs
-
-
-def _losses(loss: str | Callable[..., Any], outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Loss per sample (N,), or what a user's function returns."""
-    if callable(loss):
-        value = loss(outputs, labels)
-        if not isinstance(value, torch.Tensor) or (value.ndim and len(value) != len(labels)):
-            raise TrainingError("the loss function must return a tensor, scalar or one value per sample")
-        return value.flatten(1).mean(1) if value.ndim > 1 else value
-    if loss == "cross_entropy":
-        if outputs.ndim != 2 or outputs.shape[1] < 2 or labels.is_floating_point():
-            raise TrainingError(
-                f"cross_entropy needs outputs (N, classes) and integer labels, not {tuple(outputs.shape)} and "
-                f"{labels.dtype}; for one output use loss='bce' (two classes) or 'mse' (numbers)"
-            )
-        try:
-            return functional.cross_entropy(outputs, labels.long(), reduction="none")
-        except IndexError:
-            low, high = int(labels.min()), int(labels.max())
-            raise TrainingError(
-                f"labels go from {low} to {high}, but the model has {outputs.shape[1]} outputs"
-            ) from None
-    if outputs.shape != labels.shape:
-        if outputs.shape != (*labels.shape, 1):
-            raise TrainingError(f"{loss} needs one output per sample, (N,) or (N, 1), not {tuple(outputs.shape)}")
-        outputs = outputs.squeeze(-1)
-    losses: torch.Tensor = _PER_SAMPLE[loss](outputs, labels.to(outputs.dtype), reduction="none")
-    return losses
 
 
 def fit(model: nn.Module, batches: Batches, context: FitContext) -> None:
