@@ -379,7 +379,8 @@ def test_drift_is_found_in_the_look_after_the_change(tmp_path, on: str, metric: 
 def test_the_same_drift_is_seen_once_because_the_reference_moves(tmp_path) -> None:
     run, told = drifts(tmp_path, Drift(every=500, on="fields", criterion=Threshold(0.05), current=500, reference=500))
     assert [trained.position for trained in run.trained] == [500, 2500]
-    assert [one["since"] for one in told[1:]] == [500, 1000, 1500, 2000, 500, 1000, 1500]
+    assert [one["reference"] for one in told[1:]] == [[0, 500]] * 4 + [[2000, 2500]] * 3
+    assert [one["current"] for one in told[1:]] == [[end - 500, end] for end in range(1000, 4001, 500)]
 
 
 def test_windows_are_the_newest_samples_before_and_after_the_training(tmp_path) -> None:

@@ -25,7 +25,7 @@ from dynkit.evaluation import evaluate
 from dynkit.pipeline.owner import Owner
 from dynkit.pipeline.stream import Stream
 from dynkit.pipeline.view import View
-from dynkit.policies import as_positions, describe
+from dynkit.policies import describe
 from dynkit.time import IntArray
 from dynkit.training import FitContext, fit, resolve_device, seeded
 from dynkit.types import Event, Trained, Window
@@ -63,17 +63,12 @@ def replay(load: "Callable[[Owner], Pipeline]", owner: Owner) -> Iterator[Event]
         row, trigger = loop.restore()
         while (row := loop.more(row)) < len(loop.stream):
             owner.check()
-            new = loop.stream.table.slice(row, BLOCK_ROWS)
             snapshot = _pickled(trigger)  # to continue from here, the trigger must see this block again
-            loop.view.move(row)
-            for offset in as_positions(trigger(new, loop.view), new.height):
-                seen = row + offset + 1
+            for seen in loop.view.fires(trigger, row, BLOCK_ROWS):
                 yield from loop.decided()
-                if seen > loop.view.last_row:  # without new samples there is nothing to train on
-                    yield from loop.train(seen, row, snapshot)
-                    loop.view.move(seen, since=-(offset + 1), past=row)
+                yield from loop.train(seen, row, snapshot)
             yield from loop.decided()
-            row += new.height
+            row = min(row + BLOCK_ROWS, len(loop.stream))
             loop.show("reading", row)
         loop.view.see_all()
         yield from loop.evaluate()
