@@ -13,7 +13,7 @@ from torch import nn
 
 import dynkit as dk
 from dynkit.data import Batches
-from dynkit.errors import InvalidInput, TrainingError
+from dynkit.errors import InvalidInput, SpecError, TrainingError
 from dynkit.training import FitContext, Optimizer, Schedule, Training, fit, seeded
 from dynkit.training.optimizers import make_optimizers
 
@@ -255,8 +255,9 @@ def test_a_compiled_model_learns_the_same(dataset: dk.Dataset) -> None:
         (lambda: Training(carry_optimizer=True), "add warm_start=True"),
         (lambda: Training(batch_selection=3), "batch_selection=3 does not choose by scores"),
         (lambda: Training(optimizer=[]), r"optimizer=\[\] must be"),
-        (lambda: Training(optimizer=["sgd"]), r"optimizer=\['sgd'\] must be"),
-        (lambda: Training(optimizer=[Optimizer(), Optimizer("sgd")]), "give one of them modules"),
+        (lambda: Training(optimizer=3), "optimizer=3 must be"),
+        (lambda: Training(optimizer=["sgd", 3]), "optimizer=3 is not known"),
+        (lambda: Training(optimizer=[Optimizer(), "sgd"]), "give one of them modules"),
         (lambda: Optimizer("adm"), "did you mean 'adam'"),
         (lambda: Optimizer(modules=["head", 3]), r"modules=\['head', 3\]"),
         (lambda: Optimizer(lr=-1), "lr=-1"),
@@ -304,3 +305,54 @@ def test_the_context_has_what_a_loop_of_ones_own_needs(dataset: dk.Dataset) -> N
     batches = Batches(dataset.open(), np.arange(100), batch_size=10)
     fit(make_model(), batches, context)
     assert len(context.carried) == 1
+
+
+def test_settings_are_the_same_in_yaml(ws: dk.Workspace, dataset: dk.Dataset) -> None:
+    text = """\
+dataset: stream
+model: make
+trigger: {amount: 500}
+selection: all
+training:
+  optimizer:
+    - sgd: {modules: [head, "*.bias"], lr: 0.5, options: {momentum: 0.9}, schedule: {linear: {end: 0.1}}}
+    - adamw
+    - own: {modules: backbone}
+  schedule: {cosine: {warmup: 0.1}}
+  accumulate: 4
+  ema: 0.99
+  amp: bf16
+  compile: true
+  processes: 2
+  checkpoint: 30s
+"""
+    names = {"make": make_model, "own": torch.optim.Adamax}
+    training = dk.pipeline.build(text, ws.catalog, name="p", namespace=names).training
+    assert training == Training(
+        optimizer=[
+            Optimizer(
+                "sgd",
+                modules=["head", "*.bias"],
+                lr=0.5,
+                options={"momentum": 0.9},
+                schedule=Schedule("linear", end=0.1),
+            ),
+            "adamw",
+            Optimizer(torch.optim.Adamax, modules="backbone"),
+        ],
+        schedule=Schedule("cosine", warmup=0.1),
+        accumulate=4,
+        ema=0.99,
+        amp="bf16",
+        compile=True,
+        processes=2,
+        checkpoint="30s",
+    )
+    for old, new, message in [
+        ("accumulate: 4", "accumulate: 0", "line 11: training.accumulate: accumulate=0"),
+        ("{warmup: 0.1}", "{warm: 0.1}", r"line 10: training.schedule.cosine.warm: .*did you mean 'warmup'"),
+        ("lr: 0.5", "lr: -1", r"line 7: training.optimizer.0.sgd.lr: lr=-1"),
+        ("    - adamw", "    - adam2", r"line 8: training.optimizer.1: .*did you mean 'adam'"),
+    ]:
+        with pytest.raises(SpecError, match=message):
+            dk.pipeline.build(text.replace(old, new), ws.catalog, name="p", namespace=names)

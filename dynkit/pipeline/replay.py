@@ -10,7 +10,7 @@ training and selection draws from a seed of its own (run seed, trigger index), s
 import copy
 import pickle
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ from dynkit.evaluation import evaluate
 from dynkit.pipeline.owner import Owner
 from dynkit.pipeline.stream import Stream
 from dynkit.pipeline.view import View
-from dynkit.policies import describe
+from dynkit.policies import as_positions, describe
 from dynkit.time import IntArray
 from dynkit.training import resolve_device, seeded
 from dynkit.training.checkpoint import read_state, write_state
@@ -70,7 +70,7 @@ def replay(load: "Callable[[Owner], Pipeline]", owner: Owner) -> Iterator[Event]
             new = loop.stream.table.slice(row, BLOCK_ROWS)
             snapshot = _pickled(trigger)  # to continue from here, the trigger must see this block again
             loop.view.move(row)
-            for offset in _positions(trigger(new, loop.view), new.height):
+            for offset in as_positions(trigger(new, loop.view), new.height):
                 seen = row + offset + 1
                 yield from loop.decided()
                 if seen > loop.view.last_row:  # without new samples there is nothing to train on
@@ -337,25 +337,6 @@ def _pickled(policy: Any) -> bytes:
         raise PolicyError(
             f"{describe(policy)} cannot be saved, so the run could not continue later: {error}"
         ) from error
-
-
-def _positions(decision: Any, height: int) -> Iterator[int]:
-    """Row positions of a trigger's decision, checked, lazily: a generator goes on after each training."""
-    if isinstance(decision, bool | np.bool_) or decision is None:
-        if decision:
-            yield height - 1
-        return
-    if not isinstance(decision, Iterable):
-        raise PolicyError(f"the trigger returned {decision!r}; expected True, False or row positions of `new`")
-    last = -2
-    for position in decision:
-        if not isinstance(position, int | np.integer) or isinstance(position, bool) or not last < position < height:
-            raise PolicyError(
-                f"the trigger returned position {position!r} after {last}; expected increasing whole numbers "
-                f"from -1 to {height - 1}"
-            )
-        last = int(position)
-        yield last
 
 
 def _keys_and_weights(chosen: Any) -> "tuple[IntArray, np.ndarray[Any, Any] | None]":

@@ -5,6 +5,7 @@ second; when it does not, because its run is paused, they stand still, and when 
 """
 
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -80,7 +81,7 @@ def train_together(
                 on_batch(now - told)  # does not return while the run is paused
                 told, beat.value = now, time.monotonic()
         except ProcessException as error:
-            raise _first_error(folder, error) from None
+            raise _first_error(folder, group.processes) or error from None
         finally:
             for process in group.processes:
                 process.kill()
@@ -99,13 +100,15 @@ def _check_device(device: torch.device, processes: int) -> None:
         raise InvalidInput(f"processes={processes} needs a GPU for each, and there are {found}; or add device='cpu'")
 
 
-def _first_error(folder: Path, error: ProcessException) -> Exception:
-    """Return the exception that came first; in the other processes it only breaks their connection."""
-    raised = sorted(folder.glob("error-*"), key=lambda path: path.stat().st_mtime_ns)
-    if raised:
-        first: Exception = cloudpickle.loads(raised[0].read_bytes())
-        return first
-    return TrainingError(f"a process of the training ended without a word: {error}")
+def _first_error(folder: Path, processes: list[Any]) -> Exception | None:
+    """Return the error of the process that failed first; the others' is only that their connection broke."""
+    for rank, process in enumerate(processes):
+        if process.exitcode < 0 and process.exitcode != -signal.SIGTERM:  # which the rest were sent
+            name = signal.Signals(-process.exitcode).name
+            hint = " (that can mean: out of memory)" if name == "SIGKILL" else ""
+            return TrainingError(f"process {rank} of the {len(processes)} that train was ended by {name}{hint}")
+    raised = sorted(folder.glob("error-?*"), key=lambda path: path.stat().st_mtime_ns)
+    return cloudpickle.loads(raised[0].read_bytes()) if raised else None
 
 
 def _process(rank: int, name: str, processes: int, beat: Any, passed: Any) -> None:
@@ -133,9 +136,7 @@ def _process(rank: int, name: str, processes: int, beat: Any, passed: Any) -> No
         torch.distributed.destroy_process_group()
     except Exception as error:
         error.add_note(f"in process {rank} of {processes}:\n{traceback.format_exc()}")
-        path = folder / f"error-{rank}"
-        path.with_suffix(".new").write_bytes(cloudpickle.dumps(error))
-        path.with_suffix(".new").rename(path)
+        (folder / f"error-{rank}").write_bytes(cloudpickle.dumps(error))
         raise
 
 

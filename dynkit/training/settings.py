@@ -127,7 +127,7 @@ class Training:
         Samples that go through the model at once; with several `processes`, through all of them together.
     accumulate : int
         Batches whose gradients make one step of the optimizer, as if they were one batch.
-    optimizer : str, callable, Optimizer or sequence of Optimizer
+    optimizer : str, callable, Optimizer or sequence of them
         ``"adamw"``, ``"adam"``, ``"sgd"``, ``"rmsprop"``, ``"adagrad"``, ``"nadam"``, ``"radam"``, a function
         ``(parameters, lr) -> torch.optim.Optimizer``, or `Optimizer` for its options or for parts of the model.
     lr : float
@@ -176,7 +176,7 @@ class Training:
 
     epochs: int = 1
     batch_size: int = 256
-    optimizer: str | Callable[..., Any] | Optimizer | Sequence[Optimizer] = "adamw"
+    optimizer: str | Callable[..., Any] | Optimizer | Sequence[str | Callable[..., Any] | Optimizer] = "adamw"
     lr: float = 1e-3
     weight_decay: float = 0.0
     schedule: str | Schedule | Callable[..., Any] = "constant"
@@ -235,23 +235,18 @@ class Training:
         self._check_optimizers()
 
     def _check_optimizers(self) -> None:
-        if isinstance(self.optimizer, str):
-            _check_name("optimizer", self.optimizer, OPTIMIZERS)
-        elif not callable(self.optimizer) and not (
-            self.optimizers and all(isinstance(one, Optimizer) for one in self.optimizers)
-        ):
-            raise InvalidInput(
-                f"optimizer={self.optimizer!r} must be a name, a function, a dk.training.Optimizer or a list of them"
-            )
+        given = self.optimizer
+        if not (given and isinstance(given, str | Optimizer | Sequence)) and not callable(given):
+            raise InvalidInput(f"optimizer={given!r} must be a name, a function, an Optimizer or a list of them")
         if sum(not one.patterns for one in self.optimizers) > 1:
             raise InvalidInput("two optimizers are for all other parameters; give one of them modules=...")
 
     @property
     def optimizers(self) -> tuple[Optimizer, ...]:
         """`optimizer`, as several."""
-        if isinstance(self.optimizer, Sequence) and not isinstance(self.optimizer, str):
-            return tuple(self.optimizer)
-        return (self.optimizer if isinstance(self.optimizer, Optimizer) else Optimizer(self.optimizer),)
+        several = isinstance(self.optimizer, Sequence) and not isinstance(self.optimizer, str)
+        given: Any = self.optimizer if several else (self.optimizer,)
+        return tuple(one if isinstance(one, Optimizer) else Optimizer(one) for one in given)
 
 
 def _check_name(what: str, value: object, valid: tuple[str, ...]) -> None:
