@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from dynkit.evaluation import Evaluation, metrics, windows
     from dynkit.pipeline import Pipeline, Run
     from dynkit.pipeline.compare import compare
+    from dynkit.pipeline.sweep import sweep
     from dynkit.pipeline.what_if import what_if
     from dynkit.training import Training
     from dynkit.types import Event, Window
@@ -38,6 +39,7 @@ __all__ = [
     "metrics",
     "plots",
     "selection",
+    "sweep",
     "triggers",
     "what_if",
     "windows",
@@ -58,6 +60,7 @@ _HOME = {
     "metrics": "dynkit.evaluation.metrics:",
     "plots": "dynkit.plots:",
     "selection": "dynkit.selection:",
+    "sweep": "dynkit.pipeline.sweep:sweep",
     "triggers": "dynkit.triggers:",
     "what_if": "dynkit.pipeline.what_if:what_if",
     "windows": "dynkit.evaluation.windows:",

@@ -91,6 +91,7 @@ triggers = sa.Table(
     sa.Column("samples", sa.BigInteger, nullable=False),  # selected
     sa.Column("samples_passed", sa.BigInteger, nullable=False),  # handed to the fit function, all epochs together
     sa.Column("selection", sa.String, nullable=False),  # BLAKE3 of the stored keys and weights
+    sa.Column("training", sa.String, index=True),  # identity of samples, model, settings, parent and seed
     sa.Column("select_s", sa.Float, nullable=False),
     sa.Column("train_s", sa.Float, nullable=False),
     sa.Column("report", sa.JSON, nullable=False),  # what the fit function reported: losses, epochs, ...

@@ -127,6 +127,7 @@ class Owner:
             self.decided = self._last_decision(connection)  # in an earlier life
             self._dataset = row.dataset, row.dataset_version
             self.live: bool = row.pipeline.get("live", False)
+            self.reuse: bool = row.pipeline.get("reuse", False)
         self._pulse.start()
         return self
 
@@ -236,6 +237,12 @@ class Owner:
         self.store.add(state, also)
         self.committed.append(committed[0][0])
         return committed[0]
+
+    def trained_before(self, training: str) -> Any:
+        """Return the row of a trigger, of any run, that did this very training; None when there is none."""
+        table = tables.triggers
+        with self.catalog.read() as connection:
+            return connection.execute(sa.select(table).where(table.c.training == training).limit(1)).one_or_none()
 
     def evaluated_windows(self) -> set[tuple[int, int]]:
         """Windows (start, end) already in the matrix."""

@@ -11,6 +11,7 @@ import copy
 import pickle
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,12 +22,13 @@ import torch
 from blake3 import blake3
 
 from dynkit.data import as_keys, in_split
+from dynkit.disk import locked
 from dynkit.errors import InvalidInput, PolicyError, TrainingError
 from dynkit.evaluation import evaluate
 from dynkit.pipeline.owner import Owner
 from dynkit.pipeline.stream import Stream
 from dynkit.pipeline.view import View
-from dynkit.policies import describe
+from dynkit.policies import describe, digest
 from dynkit.time import IntArray
 from dynkit.training import resolve_device, seeded
 from dynkit.training.checkpoint import read_state, write_state
@@ -157,30 +159,39 @@ class _Loop:
         chosen = pl.DataFrame({"key": keys} if weights is None else {"key": keys, "weight": weights})
         self.owner.save_selection(index, chosen)
         yield self.owner.event("selected", index=index, samples=len(keys), seconds=round(select_s, 4))
-        started_s = time.perf_counter()
         content = blake3(keys.tobytes()).update(b"" if weights is None else weights.tobytes()).hexdigest()
-        state, outcome = self._fit(index, seen, keys, weights, content)
-        train_s = time.perf_counter() - started_s
-        self.show("storing", seen, trigger=index)
-        trained, event = self.owner.commit_trained(
-            Trained(index, position, last_ns, "", len(keys), train_s),
-            state,
-            parent=self._parent(),
-            columns={
-                "block_start": self.stream.position(block_row),
-                "selection": content,
-                "select_s": select_s,
-                "samples_passed": outcome.passed,
-                "report": outcome.history,
-            },
-            policies=pickle.dumps((snapshot, _pickled(self.selection))),
-            event={
-                "index": index,
-                "samples": len(keys),
-                "seconds": round(train_s, 4),
-                **(outcome.history[-1] if outcome.history else {}),
-            },
-        )
+        training = self._training(index, content)
+        with self._alone(training):
+            earlier = self.owner.trained_before(training) if self.owner.reuse else None
+            if earlier is None:
+                started_s = time.perf_counter()
+                state, outcome = self._fit(index, seen, keys, weights, content)
+                train_s = time.perf_counter() - started_s
+            else:
+                state, train_s = self.owner.store.load(earlier.model), earlier.train_s
+                outcome = Outcome(earlier.report, earlier.samples_passed, None)
+            self.show("storing", seen, trigger=index)
+            trained, event = self.owner.commit_trained(
+                Trained(index, position, last_ns, "", len(keys), train_s),
+                state,
+                parent=self._parent(),
+                columns={
+                    "block_start": self.stream.position(block_row),
+                    "selection": content,
+                    "training": training,
+                    "select_s": select_s,
+                    "samples_passed": outcome.passed,
+                    "report": outcome.history,
+                },
+                policies=pickle.dumps((snapshot, _pickled(self.selection))),
+                event={
+                    "index": index,
+                    "samples": len(keys),
+                    "seconds": round(train_s, 4),
+                    **({} if earlier is None else {"reused": earlier.run}),
+                    **(outcome.history[-1] if outcome.history else {}),
+                },
+            )
         self.view.trained += (trained,)
         self._forget(index)
         yield event
@@ -202,13 +213,28 @@ class _Loop:
             )
         return keys, weights
 
+    def _training(self, index: int, selection: str) -> str:
+        """Identity of a training: equal ones give equal models."""
+        pipeline = self.pipeline
+        about = (pipeline.dataset.name, self.stream.number, selection, self._parent(), self._seed(index))
+        return digest([*about, pipeline.model, pipeline.training])
+
+    def _alone(self, training: str) -> AbstractContextManager[None]:
+        """Keep other runs that want the same from training it a second time."""
+        if not self.owner.reuse:
+            return nullcontext()
+        return locked(self.owner.catalog.root / "locks" / training, self.owner.check)
+
+    def _seed(self, index: int) -> int:
+        seed = self.pipeline.seed if self.pipeline.training.seed is None else self.pipeline.training.seed
+        return int(np.random.SeedSequence([seed, index]).generate_state(1)[0])
+
     def _fit(
         self, index: int, seen: int, keys: IntArray, weights: "np.ndarray[Any, Any] | None", identity: str
     ) -> tuple[dict[str, torch.Tensor], Outcome]:
         """Train one model; return its tensors and what else came out."""
         training, parent = self.pipeline.training, self._parent()
-        seed = self.pipeline.seed if training.seed is None else training.seed
-        seed = int(np.random.SeedSequence([seed, index]).generate_state(1)[0])
+        seed = self._seed(index)
         task = Task(
             training,
             seed,

@@ -24,7 +24,7 @@ from dynkit.pipeline.spawn import log_tail, spawn
 from dynkit.time import to_datetime
 from dynkit.types import Event, Trained
 
-__all__ = ["Run", "Runs"]
+__all__ = ["Run", "Runs", "find"]
 
 _POLL_S = 0.1
 _REAPING_S = 1.0  # how long the process that started a worker may take to note its end
@@ -375,3 +375,13 @@ class Runs(list[Run]):
 
     def _repr_html_(self) -> str:
         return html.table(self.columns, self.rows_as_text(), numbers=("progress", "models"))
+
+
+def find(catalog: Catalog, digest: str) -> Run | None:
+    """Return the newest run of a pipeline's digest that is going, done or can go on, if any."""
+    runs = tables.runs
+    query = sa.select(runs.c.id).where(runs.c.digest == digest).order_by(runs.c.created_ns.desc())
+    with catalog.read() as connection:
+        ids = connection.scalars(query).all()
+    found = (Run(catalog, id) for id in ids)
+    return next((run for run in found if run.status in ("running", "paused", "interrupted", "finished")), None)
