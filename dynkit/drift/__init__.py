@@ -9,6 +9,7 @@ current) -> float``, 0 where nothing changed; those of `METRICS` also know how l
 from dynkit.drift.accuracy import AccuracyEstimate, estimate_accuracy, label_shift_weights
 from dynkit.drift.columns import columns
 from dynkit.drift.criteria import Decision, DynamicQuantile, DynamicRollingAverage, PValue, Threshold
+from dynkit.drift.error_streams import DDM, EDDM, HDDM_A, HDDM_W
 from dynkit.drift.kernels import MMD, BlockMMD, Energy
 from dynkit.drift.marginals import (
     JS,
@@ -21,10 +22,17 @@ from dynkit.drift.marginals import (
     Wasserstein,
 )
 from dynkit.drift.metrics import METRICS, Classifier, Coverage, DriftTest, Reference, prepared, resolve, test
+from dynkit.drift.streams import ADWIN, KSWIN, PageHinkley, as_detector
 
 __all__ = [
+    "ADWIN",
+    "DDM",
+    "EDDM",
+    "HDDM_A",
+    "HDDM_W",
     "JS",
     "KS",
+    "KSWIN",
     "METRICS",
     "MMD",
     "PSI",
@@ -40,11 +48,13 @@ __all__ = [
     "Energy",
     "Hellinger",
     "PValue",
+    "PageHinkley",
     "PredictedClasses",
     "Reference",
     "SlicedWasserstein",
     "Threshold",
     "Wasserstein",
+    "as_detector",
     "columns",
     "estimate_accuracy",
     "label_shift_weights",
