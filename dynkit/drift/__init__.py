@@ -11,6 +11,7 @@ from dynkit.drift.columns import columns
 from dynkit.drift.criteria import Decision, DynamicQuantile, DynamicRollingAverage, PValue, Threshold
 from dynkit.drift.error_streams import DDM, EDDM, HDDM_A, HDDM_W
 from dynkit.drift.kernels import MMD, BlockMMD, Energy
+from dynkit.drift.loss import LossEstimate, estimate_loss
 from dynkit.drift.marginals import (
     JS,
     KS,
@@ -47,6 +48,7 @@ __all__ = [
     "DynamicRollingAverage",
     "Energy",
     "Hellinger",
+    "LossEstimate",
     "PValue",
     "PageHinkley",
     "PredictedClasses",
@@ -57,6 +59,7 @@ __all__ = [
     "as_detector",
     "columns",
     "estimate_accuracy",
+    "estimate_loss",
     "label_shift_weights",
     "prepared",
     "resolve",
