@@ -18,9 +18,9 @@ import numpy as np
 import polars as pl
 
 from dynkit.time import to_datetime
-from dynkit.types import RunView, Selection, Trained, Trigger
+from dynkit.types import DriftMetric, RunView, Selection, Trained, Trigger
 
-__all__ = ["StreamView", "check_selection", "check_trigger", "stream"]
+__all__ = ["StreamView", "check_drift_metric", "check_selection", "check_trigger", "stream"]
 
 _ROWS = 5000
 _SPLITS = (100, 1, 37, 1000, _ROWS)
@@ -191,3 +191,51 @@ def check_selection(
     if "weight" in picked[0].columns:
         weight = picked[0]["weight"]
         assert weight.is_finite().all() and (weight >= 0).all(), "weights must be finite and not negative"
+
+
+def check_drift_metric(metric: str | DriftMetric, *, columns: int = 4, rows: int = 1000) -> None:
+    """Check that a drift metric is a distance of two sets, whatever the order of their rows, and nothing else.
+
+    The sets are standard normal, the current one moved along its first column.
+
+    Parameters
+    ----------
+    metric : str or callable
+        A name of `dynkit.drift.METRICS`, or a callable ``(reference, current) -> float``.
+    columns : int
+        Of both sets.
+    rows : int
+        Of the reference; the current set has four fifths of it.
+
+    Raises
+    ------
+    AssertionError
+        With what differed.
+    """
+    import torch  # not needed to check triggers and selections
+
+    from dynkit.drift import resolve
+
+    measure, rng = resolve(metric), np.random.default_rng(7)
+    x, y = (torch.from_numpy(rng.normal(size=(n, columns))) for n in (rows, 4 * rows // 5))
+    step = torch.eye(columns, dtype=torch.float64)[0]
+    before = x.clone(), y.clone()
+
+    def score(reference: torch.Tensor, current: torch.Tensor) -> float:
+        value = float(measure(reference, current))
+        assert np.isfinite(value), f"the score is {value}; expected a finite number"
+        return value
+
+    far, near, new, same = score(x, y + 2 * step), score(x, y + step), score(x, y), score(x, x.clone())
+    assert far > near > new, f"moved by 2, 1 and 0 deviations: {far:g}, {near:g}, {new:g}; further must be larger"
+    assert abs(same) < far / 10, f"the reference itself is at {same:g}, where {far:g} is far; the same must be near 0"
+    assert score(x, y + 2 * step) == far, "called again, the score differs; draw from a seed of the metric's own"
+    shuffled = score(
+        x[torch.from_numpy(rng.permutation(len(x)))], (y + 2 * step)[torch.from_numpy(rng.permutation(len(y)))]
+    )
+    assert abs(shuffled - far) < far / 2, f"the rows in another order give {shuffled:g} in place of {far:g}"
+    swapped = score(y + 2 * step, x)
+    assert far / 3 < swapped < 3 * far, f"reference and current exchanged give {swapped:g} in place of {far:g}"
+    single = score(x.float(), (y + 2 * step).float())
+    assert abs(single - far) < far / 20, f"float32 gives {single:g} in place of {far:g}"
+    assert torch.equal(x, before[0]) and torch.equal(y, before[1]), "the metric changed its input"
