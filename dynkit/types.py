@@ -7,7 +7,7 @@ built-in ones and a user's own function have in common.
 import datetime as dt
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 import polars as pl
@@ -188,8 +188,8 @@ class BatchSelection(Protocol):
     """Decides by their scores which samples of a batch to train on; `kind` as in `dynkit.training.scores`."""
 
     @property
-    def kind(self) -> str:
-        """Which score: loss, grad_norm, margin, least_confidence or entropy."""
+    def kind(self) -> Literal["loss", "grad_norm", "margin", "least_confidence", "entropy"]:
+        """Which score."""
 
     def choose(self, scores: "torch.Tensor", rng: "torch.Generator", /) -> "tuple[torch.Tensor, torch.Tensor | None]":
         """Rows (k,) int64 out of scores (N,), and their weights (k,) or None for equal ones."""

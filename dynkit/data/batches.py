@@ -26,7 +26,7 @@ from dynkit.data.version import Version
 from dynkit.errors import InvalidInput, check_whole
 from dynkit.time import IntArray
 
-__all__ = ["Batch", "Batches", "length_of", "slice_batch"]
+__all__ = ["Batch", "Batches", "length_of", "slice_batch", "take_batch"]
 
 Batch = dict[str, torch.Tensor]
 
@@ -357,6 +357,23 @@ def _cut(batch: Batch, sizes: list[int]) -> Iterator[Batch]:
 def slice_batch(batch: Batch, low: int, high: int) -> Batch:
     """Return samples `low` to `high` of a batch, without a copy."""
     return {name: _slice(tensor, low, high) for name, tensor in batch.items()}
+
+
+def take_batch(batch: Batch, rows: torch.Tensor) -> Batch:
+    """Return some samples of a batch, in the order of `rows`."""
+    return {name: _taken(tensor, rows) for name, tensor in batch.items()}
+
+
+def _taken(tensor: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Return some samples of a tensor, jagged or not."""
+    if not tensor.is_nested:
+        return tensor[rows]
+    offsets = tensor.offsets()  # type: ignore[attr-defined]  # of a jagged tensor
+    lengths = offsets.diff()[rows]
+    ends = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+    places = torch.repeat_interleave(offsets[rows] - ends[:-1], lengths)
+    values = tensor.values()[places + torch.arange(len(places), device=places.device)]
+    return torch.nested.nested_tensor_from_jagged(values, ends)
 
 
 def _parts(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -133,6 +133,8 @@ def fit(model: nn.Module, batches: Batches, context: FitContext) -> None:
         report = {"epoch": epoch, "loss": steps.summed(float(total))[0] / context.part[1] / batches.samples}
         if context.validation is not None:
             report["validation_loss"] = _validation_loss(steps, context)
+        if training.batch_selection is not None:
+            report["kept"] = int(steps.summed(steps.kept)[0])
         context.report(**report)
         loss = report.get("validation_loss", report["loss"])
         steps.end_epoch(loss)
