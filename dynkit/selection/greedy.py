@@ -23,7 +23,7 @@ __all__ = [
 ]
 
 _BLOCK = 16  # centres whose distances are computed in one product
-_BLOCK_PAIRS = 1 << 22  # of rows, in one piece
+_PIECE_PAIRS = 1 << 18  # pairs of rows looked at in one piece, which stays in the processor's cache
 _LOOK = 8  # rows at the first look of lazy greedy
 _EPSILON = 0.1  # of stochastic greedy
 _NEWTON_STEPS = 100
@@ -49,19 +49,14 @@ def farthest_first(x: torch.Tensor, n: int, first: int) -> torch.Tensor:
     (n,) int64
         Rows in the order of choice; equally far ones in their order.
     """
-    x = x - x[first]  # small numbers keep their digits
-    norms = x.square().sum(1)
-    ones = torch.ones_like(norms)
-    # |a - b|^2 as one product of (-2a, 1, |a|^2) and (b, |b|^2, 1)
-    right = torch.cat([x, norms[:, None], ones[:, None]], 1)
-    left = torch.cat([-2 * x, ones[:, None], norms[:, None]], 1)
-    nearest = norms.clone()  # squared distance to the nearest centre
+    left, right = _square_factors(x - x[first])  # small numbers keep their digits
+    nearest = left[:, -1].clone()  # squared distance to the nearest centre
     nearest[first] = -torch.inf
     centres, width = [first], _BLOCK
     while len(centres) < n:
         row = int(nearest.argmax())
         candidates = [row, *(other for other in nearest.topk(min(width, len(x))).indices.tolist() if other != row)]
-        squares = dict(zip(candidates, left[candidates] @ right.T, strict=True))
+        squares = dict(zip(candidates, left[candidates] @ right, strict=True))
         found = len(centres)
         while row in squares and len(centres) < n:
             torch.minimum(nearest, squares.pop(row), out=nearest)
@@ -165,49 +160,59 @@ def cosine_vectors(x: torch.Tensor) -> torch.Tensor:
 
 
 class Facilities:
-    """Facility location: ``sum_j max_{a in A} s_ja`` of similarities, none negative.
+    """Facility location: ``sum_j max(0, f - min_{a in A} c_aj)``, what it saves that a row of the set is near to each.
 
     Parameters
     ----------
-    rows : int
-    similarity : callable
-        Of some rows (M,) to all: (M, N).
+    left, right : (N, D), (D, N)
+        The costs c are their product.
+    far : float or tensor
+        The cost f of a row that is near to none.
+    root : bool
+        Whether costs are the square roots of the product.
     """
 
-    def __init__(self, rows: int, similarity: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        self.rows = rows
-        self._similarity = similarity
-        self._nearest = torch.zeros(())  # similarity of each row to the set
-        self.served_by: torch.Tensor = torch.full((rows,), -1)  # the row of the set that is most similar to each
-
-    def gains(self, rows: torch.Tensor) -> torch.Tensor:
-        """See `SetFunction`."""
-        pieces = torch.split(rows, max(1, _BLOCK_PAIRS // self.rows))
-        return torch.cat([self._similarity(some).sub_(self._nearest).clamp_min_(0).sum(1) for some in pieces])
-
-    def add(self, row: int) -> None:
-        """See `SetFunction`."""
-        similarity = self._similarity(torch.tensor([row]))[0]
-        self.served_by[(similarity > self._nearest).cpu()] = row
-        self._nearest = torch.maximum(similarity, self._nearest)
+    def __init__(self, left: torch.Tensor, right: torch.Tensor, *, far: "float | torch.Tensor", root: bool) -> None:
+        self.rows = len(left)
+        self._left, self._right, self._root = left, right.contiguous(), root
+        self._nearest = left.new_ones(self.rows) * far  # cost of each row
+        self._piece = left.new_empty(max(1, _PIECE_PAIRS // self.rows), self.rows)
+        self.served_by: torch.Tensor = torch.full((self.rows,), -1)  # the row of the set that is nearest to each
 
     @classmethod
     def by_product(cls, vectors: torch.Tensor) -> "Facilities":
-        """Similarity as the product of vectors (N, D)."""
-        return cls(len(vectors), lambda rows: vectors[rows] @ vectors.T)
+        """Make ``sum_j max_{a in A} s_aj`` of products s of vectors (N, D), none negative."""
+        return cls(-vectors, vectors.T, far=0.0, root=False)
 
     @classmethod
     def by_distance(cls, x: torch.Tensor) -> "Facilities":
-        """Similarity as a bound of all distances less the distance of rows (N, D)."""
-        x = x - x.mean(0)
-        norms = x.square().sum(1)
-        bound = 2 * norms.max().sqrt()
+        """Make ``sum_j f - min_{a in A} d_aj`` of distances d of rows (N, D), with a bound f of all of them."""
+        left, right = _square_factors(x - x.mean(0))
+        return cls(left, right, far=2 * (x - x.mean(0)).square().sum(1).max().sqrt(), root=True)
 
-        def similarity(rows: torch.Tensor) -> torch.Tensor:
-            squares = torch.addmm(norms[rows, None] + norms, x[rows], x.T, alpha=-2)
-            return squares.clamp_min_(0).sqrt_().neg_().add_(bound)
+    def gains(self, rows: torch.Tensor) -> torch.Tensor:
+        """See `SetFunction`."""
+        saved = [
+            torch.sub(self._nearest, self._costs(some), out=self._piece[: len(some)]).clamp_min_(0).sum(1)
+            for some in torch.split(rows, len(self._piece))
+        ]
+        return torch.cat(saved)
 
-        return cls(len(x), similarity)
+    def add(self, row: int) -> None:
+        """See `SetFunction`."""
+        costs = self._costs(torch.tensor([row]))[0]
+        self.served_by[(costs < self._nearest).cpu()] = row
+        self._nearest = torch.minimum(costs, self._nearest)
+
+    def _costs(self, rows: torch.Tensor) -> torch.Tensor:
+        costs = torch.mm(self._left[rows], self._right, out=self._piece[: len(rows)])
+        return costs.clamp_min_(0).sqrt_() if self._root else costs
+
+
+def _square_factors(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Factors (N, D + 2), (D + 2, N) whose product are the squared distances of rows (N, D)."""
+    norms, ones = x.square().sum(1, keepdim=True), torch.ones_like(x[:, :1])
+    return torch.cat([-2 * x, ones, norms], 1), torch.cat([x, norms, ones], 1).T
 
 
 class GraphCut:
