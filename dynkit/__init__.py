@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from dynkit.evaluation import Evaluation, metrics, windows
     from dynkit.pipeline import Pipeline, Run
     from dynkit.pipeline.compare import compare
+    from dynkit.pipeline.what_if import what_if
     from dynkit.training import Training
     from dynkit.types import Event, Window
     from dynkit.workspace import Workspace
@@ -38,6 +39,7 @@ __all__ = [
     "plots",
     "selection",
     "triggers",
+    "what_if",
     "windows",
 ]
 
@@ -57,6 +59,7 @@ _HOME = {
     "plots": "dynkit.plots:",
     "selection": "dynkit.selection:",
     "triggers": "dynkit.triggers:",
+    "what_if": "dynkit.pipeline.what_if:what_if",
     "windows": "dynkit.evaluation.windows:",
 }
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
+    "BatchSelection",
     "DriftMetric",
     "Event",
     "Metric",
@@ -188,6 +189,17 @@ class Selection(Protocol):
     """Decides which samples of `pool` to train on: keys, or a frame with columns key and weight."""
 
     def __call__(self, pool: pl.DataFrame, run: RunView, rng: np.random.Generator, /) -> Any: ...
+
+
+class BatchSelection(Protocol):
+    """Decides by their scores which samples of a batch to train on; `kind` as in `dynkit.training.scores`."""
+
+    @property
+    def kind(self) -> str:
+        """Which score: loss, grad_norm, margin, least_confidence or entropy."""
+
+    def choose(self, scores: "torch.Tensor", rng: "torch.Generator", /) -> "tuple[torch.Tensor, torch.Tensor | None]":
+        """Rows (k,) int64 out of scores (N,), and their weights (k,) or None for equal ones."""
 
 
 class Windows(Protocol):

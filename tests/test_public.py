@@ -24,6 +24,7 @@ def test_public_names_are_these() -> None:
         "plots",
         "selection",
         "triggers",
+        "what_if",
         "windows",
     ]
     assert all(getattr(dk, name) is not None for name in dk.__all__)

@@ -1,7 +1,7 @@
 """What policies see of the run that calls them."""
 
 import datetime as dt
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -13,10 +13,11 @@ from dynkit.data import Batches, as_keys, held_out
 from dynkit.errors import Conflict
 from dynkit.models import ModelStore
 from dynkit.pipeline.stream import Stream
+from dynkit.policies import as_positions
 from dynkit.time import IntArray, to_datetime
 from dynkit.training import FitContext, fit, scores, seeded
 from dynkit.training.scores import ScoreKind
-from dynkit.types import Trained
+from dynkit.types import Trained, Trigger
 
 if TYPE_CHECKING:
     from dynkit.pipeline.declaration import Pipeline
@@ -177,6 +178,19 @@ class View:
         self.now_ns = self.last_ns(seen) if seen else self.start_ns
         self.samples_since_trigger = seen - self.last_row if since is None else since
         self._past_rows = seen if past is None else past
+
+    def fires(self, trigger: Trigger, row: int, rows: int) -> Iterator[int]:
+        """Show a trigger the next rows of the stream; yield each number of samples after which it wants training.
+
+        Whoever iterates adds to `trained` before going on.
+        """
+        new = self._stream.table.slice(row, rows)
+        self.move(row)
+        for offset in as_positions(trigger(new, self), new.height):
+            seen = row + offset + 1
+            if seen > self.last_row:  # without new samples there is nothing to train on
+                yield seen
+                self.move(seen, since=-(offset + 1), past=row)
 
     def last_ns(self, seen: int) -> int:
         """Timestamp of the last of the first `seen` samples."""

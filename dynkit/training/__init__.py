@@ -2,6 +2,17 @@
 
 from dynkit.training.fit import Fit, FitContext, fit, resolve_device, seeded
 from dynkit.training.losses import losses, predict
-from dynkit.training.settings import Training
+from dynkit.training.settings import Optimizer, Schedule, Training
 
-__all__ = ["Fit", "FitContext", "Training", "fit", "losses", "predict", "resolve_device", "seeded"]
+__all__ = [
+    "Fit",
+    "FitContext",
+    "Optimizer",
+    "Schedule",
+    "Training",
+    "fit",
+    "losses",
+    "predict",
+    "resolve_device",
+    "seeded",
+]
