@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import polars as pl
 from blake3 import blake3
 
 from dynkit.errors import InvalidInput, PolicyError
@@ -149,6 +150,8 @@ def describe(value: Any) -> Any:
         return {str(key): describe(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [describe(item) for item in value]
+    if isinstance(value, pl.Expr):
+        return str(value)
     if isinstance(value, _Copied):
         return f"copy of {type(value.module).__qualname__}"
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

@@ -156,7 +156,7 @@ def test_the_device_and_name_may_come_from_outside(ws: dk.Workspace, dataset: dk
         ("{amount: {n: 500}}", "{amount: $m}", r"line 3: trigger.amount: '\$m': no variable 'm' in the notebook"),
         ("0.8", "1.8", r"line 4: selection.random.fraction: fraction=1.8 must be in \(0, 1\]"),
         ("0.8", "0.8, n: 3", r"line 4: selection.random: give either fraction or n"),
-        ("{random: {fraction: 0.8}}", "{new: 3}", r"line 4: selection.new: new takes no parameters, not 3"),
+        ("{random: {fraction: 0.8}}", "{all: 3}", r"line 4: selection.all: all takes no parameters, not 3"),
         ("3d", "3x", r"line 7: evaluation.windows.tumbling: every: '3x' is not a duration"),
         ("accuracy", "acuracy", r"line 8: evaluation.metrics.0: .*'acuracy' is not known; did you mean 'accuracy'\?"),
         ("[accuracy, roc_auc]", "accuracy", r"line 8: evaluation.metrics: 'accuracy' is not a list"),

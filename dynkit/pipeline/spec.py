@@ -18,11 +18,13 @@ against the dataclasses themselves, and `schema` turns the same into JSON Schema
 import dataclasses
 import functools
 import importlib
+import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import polars as pl
 import pydantic
 
 from dynkit import selection, triggers
@@ -35,6 +37,7 @@ from dynkit.evaluation.settings import Evaluation
 from dynkit.pipeline.declaration import Pipeline
 from dynkit.policies import snake_case
 from dynkit.training.settings import LOSSES, OPTIMIZERS, SCHEDULES, Optimizer, Schedule, Training
+from dynkit.types import Selection, Trigger
 from dynkit.yaml import Document, Path, parse
 
 __all__ = ["BUILT_IN", "KEYS", "NAMED", "build", "field_names", "schema"]
@@ -50,6 +53,7 @@ NAMED = {"optimizer": OPTIMIZERS, "schedule": SCHEDULES, "loss": LOSSES, "fit": 
 _SETTINGS: dict[str, type[Any]] = {"optimizer": Optimizer, "schedule": Schedule}  # a name with parameters makes these
 _OPAQUE = ("windows", "metrics", "batch_selection")  # policies: made and checked where they are read
 KEYS = ("name", "dataset", "model", "trigger", "selection", "training", "evaluation", "seed")
+_ROLES: dict[Any, str] = {Trigger: "trigger", Selection: "selection"}
 _REQUIRED = ("dataset", "model", "trigger", "selection")
 
 
@@ -218,12 +222,30 @@ class _Builder:
         if not isinstance(parameters, dict):
             if not fields:
                 raise self.error(path, f"{snake_case(cls.__name__)} takes no parameters, not {parameters!r}")
-            first = fields[0]
-            with self.at(path):
-                return cls(**self._validated(path, cls, {first: parameters}))
+            parameters = {fields[0]: parameters}
         parameters = self.mapping(path, parameters, fields, snake_case(cls.__name__)) if fields or parameters else {}
+        hints = typing.get_type_hints(cls)
+        parameters = {name: self._nested((*path, name), hints[name], value) for name, value in parameters.items()}
         with self.at(path):
             return cls(**self._validated(path, cls, parameters))
+
+    def _nested(self, path: Path, hint: Any, value: Any) -> Any:
+        """Make the policies that a parameter of this type expects; other values stay as they are."""
+        if hint in _ROLES:
+            return self.policy(path, value, _ROLES[hint])
+        if not _has_policies(hint) or value is None:
+            return value
+        parts, kind = typing.get_args(hint), typing.get_origin(hint)
+        if kind in (typing.Union, types.UnionType):
+            return self._nested(path, next(part for part in parts if _has_policies(part)), value)
+        if kind is tuple and Ellipsis not in parts:
+            if not isinstance(value, list) or len(value) != len(parts):
+                raise self.error(path, f"{value!r} must be a list of {len(parts)} values")
+        elif isinstance(value, list):
+            parts = parts[:1] * len(value)
+        else:
+            raise self.error(path, f"{value!r} is not a list")
+        return [self._nested((*path, i), part, item) for i, (part, item) in enumerate(zip(parts, value, strict=True))]
 
     def _validated(self, path: Path, cls: type[Any], values: dict[str, Any]) -> dict[str, Any]:
         """Check types and required parameters with pydantic."""
@@ -299,27 +321,37 @@ class _Builder:
 
 def field_names(cls: type[Any]) -> list[str]:
     """Parameters of a built-in, in order."""
-    return [field.name for field in dataclasses.fields(cls)]
+    return [field.name for field in dataclasses.fields(cls) if field.init]
+
+
+def _has_policies(hint: Any) -> bool:
+    """Whether a parameter of this type is a policy or a list of policies."""
+    return hint in _ROLES or any(_has_policies(part) for part in typing.get_args(hint))
 
 
 def _pydantic_model(cls: type[Any]) -> type[pydantic.BaseModel]:
     hints = typing.get_type_hints(cls)
     fields: dict[str, Any] = {}
     for field in dataclasses.fields(cls):
+        if not field.init:
+            continue
         default: Any = field.default
         if default is dataclasses.MISSING:
             default = ... if field.default_factory is dataclasses.MISSING else None
-        hint = Any if field.name in _OPAQUE else hints[field.name]
+        hint = Any if field.name in _OPAQUE or _has_policies(hints[field.name]) else hints[field.name]
         fields[field.name] = (hint, default)
-    config = pydantic.ConfigDict(extra="forbid", strict=True)
+    config = pydantic.ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True)
     return pydantic.create_model(cls.__name__, __config__=config, **fields)
 
 
 def _type_name(cls: type[Any], name: str) -> str:
     """Spell a field's type in words."""
     hint = typing.get_type_hints(cls)[name]
-    options = typing.get_args(hint) if typing.get_origin(hint) is not typing.Literal else (hint,)
-    words = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+    options = typing.get_args(hint)
+    if typing.get_origin(hint) is typing.Literal:
+        return f"one of {', '.join(map(str, options))}"
+    words: dict[Any, str] = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+    words |= {type(None): "null", pl.Expr: "an expression"}
     spelled = [words.get(option, "a function's name") for option in (options or (hint,))]
     return " or ".join(dict.fromkeys(spelled))
 
@@ -349,7 +381,7 @@ def schema() -> dict[str, Any]:
         named = [
             {
                 "type": "object",
-                "properties": {name: {"anyOf": [parameters(cls), {"type": ["string", "number", "null"]}]}},
+                "properties": {name: {"anyOf": [parameters(cls), {"type": ["string", "number", "array", "null"]}]}},
                 "required": [name],
                 "additionalProperties": False,
             }
@@ -402,6 +434,8 @@ def schema() -> dict[str, Any]:
 def _json_type(cls: type[Any], name: str) -> dict[str, Any]:
     """JSON Schema of one parameter; what only code can give (functions) is described as a name."""
     hint = typing.get_type_hints(cls)[name]
+    if _has_policies(hint):
+        return {"$ref": f"#/properties/{_ROLES[hint]}"} if hint in _ROLES else {"type": "array"}
     options = typing.get_args(hint) or (hint,)
     words = {int: "integer", float: "number", str: "string", bool: "boolean", type(None): "null"}
     kinds = list(dict.fromkeys(words.get(option, "string") for option in options))

@@ -14,7 +14,7 @@ from dynkit.errors import Conflict
 from dynkit.models import ModelStore
 from dynkit.pipeline.stream import Stream
 from dynkit.policies import as_positions
-from dynkit.time import to_datetime
+from dynkit.time import IntArray, to_datetime
 from dynkit.training import scores, seeded
 from dynkit.training.scores import ScoreKind
 from dynkit.training.train import Task, train
@@ -93,6 +93,16 @@ class View:
     def past(self) -> pl.DataFrame:
         """See `RunView`."""
         return self._stream.table.head(self._past_rows)
+
+    @property
+    def epochs(self) -> int:
+        """See `RunView`."""
+        return self._pipeline.training.epochs
+
+    def arrived(self, keys: Any) -> IntArray:
+        """See `RunView`."""
+        ends = [self._stream.row(trained.position) for trained in self.trained]
+        return np.searchsorted(ends, self._stream.place(as_keys(keys)), side="right")
 
     def held_out(self, table: pl.DataFrame) -> "np.ndarray[Any, np.dtype[np.bool_]]":
         """See `RunView`."""
