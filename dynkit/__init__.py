@@ -11,7 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dynkit import drift, errors, plots, selection, triggers
+    from dynkit import drift, errors, plots, selection, streams, triggers
     from dynkit.data import Dataset
     from dynkit.evaluation import Evaluation, metrics, windows
     from dynkit.pipeline import Pipeline, Run
@@ -37,6 +37,7 @@ __all__ = [
     "metrics",
     "plots",
     "selection",
+    "streams",
     "triggers",
     "windows",
 ]
@@ -56,6 +57,7 @@ _HOME = {
     "metrics": "dynkit.evaluation.metrics:",
     "plots": "dynkit.plots:",
     "selection": "dynkit.selection:",
+    "streams": "dynkit.streams:",
     "triggers": "dynkit.triggers:",
     "windows": "dynkit.evaluation.windows:",
 }
