@@ -35,7 +35,7 @@ PathLike = str | os.PathLike[str]
 def flights() -> Stream:
     """Load the flights of 2013 from New York's airports: will one arrive more than 15 minutes late? 327 346 samples.
 
-    Known before departure: schedule, airline, airports and the hour's weather. Late are 13 % in September and 31 % in
+    Known before departure: schedule, airline, airports and the hour's weather. Late are 13 % in September and 33 % in
     December; seasons come again. Needs ``pip install 'dynkit[streams]'``.
 
     References
