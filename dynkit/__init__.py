@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from dynkit.evaluation import Evaluation, metrics, windows
     from dynkit.pipeline import Pipeline, Run
     from dynkit.pipeline.compare import compare
+    from dynkit.pipeline.what_if import what_if
     from dynkit.training import Training
     from dynkit.types import Event, Window
     from dynkit.workspace import Workspace
@@ -39,6 +40,7 @@ __all__ = [
     "selection",
     "streams",
     "triggers",
+    "what_if",
     "windows",
 ]
 
@@ -59,6 +61,7 @@ _HOME = {
     "selection": "dynkit.selection:",
     "streams": "dynkit.streams:",
     "triggers": "dynkit.triggers:",
+    "what_if": "dynkit.pipeline.what_if:what_if",
     "windows": "dynkit.evaluation.windows:",
 }
 

@@ -15,20 +15,21 @@ import re
 import sys
 import sysconfig
 import types as python_types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 from blake3 import blake3
 
-from dynkit.errors import InvalidInput
+from dynkit.errors import InvalidInput, PolicyError
 from dynkit.types import DriftMetric, Metric, Model, Selection, Trigger, Windows
 
 __all__ = [
     "as_drift_metric",
     "as_metric",
     "as_model",
+    "as_positions",
     "as_selection",
     "as_trigger",
     "as_windows",
@@ -42,6 +43,31 @@ __all__ = [
 def as_trigger(value: object) -> Trigger:
     """Return `value` as a Trigger: a callable ``(new, run) -> bool | positions``."""
     return cast(Trigger, _as_callable(value, "trigger", ("new", "run")))
+
+
+def as_positions(decision: object, height: int) -> Iterator[int]:
+    """Check what a trigger answered about `height` rows, and give the row positions one by one.
+
+    Raises
+    ------
+    PolicyError
+        When it answered something else.
+    """
+    if isinstance(decision, bool | np.bool_) or decision is None:
+        if decision:
+            yield height - 1
+        return
+    if not isinstance(decision, Iterable):
+        raise PolicyError(f"the trigger returned {decision!r}; expected True, False or row positions of `new`")
+    last = -2
+    for position in decision:
+        if not isinstance(position, int | np.integer) or isinstance(position, bool) or not last < position < height:
+            raise PolicyError(
+                f"the trigger returned position {position!r} after {last}; expected increasing whole numbers "
+                f"from -1 to {height - 1}"
+            )
+        last = int(position)
+        yield last
 
 
 def as_selection(value: object) -> Selection:

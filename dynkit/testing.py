@@ -35,12 +35,17 @@ class StreamView:
     start_ns, now_ns : int
     samples_since_trigger : int
     trained : list of Trained
+    past : pl.DataFrame
+    reports : list of dict
+        What was reported.
     """
 
     start_ns: int = 0
     now_ns: int = 0
     samples_since_trigger: int = 0
     trained: list[Trained] = field(default_factory=list)
+    past: pl.DataFrame = field(default_factory=pl.DataFrame)
+    reports: list[dict[str, Any]] = field(default_factory=list)
     model: None = None
 
     @property
@@ -53,9 +58,23 @@ class StreamView:
         """See `RunView`."""
         return to_datetime(self.now_ns)
 
-    def read(self, keys: Any) -> dict[str, Any]:
+    def held_out(self, table: pl.DataFrame) -> "np.ndarray[Any, np.dtype[np.bool_]]":
+        """None of them."""
+        return np.zeros(table.height, dtype=np.bool_)
+
+    def report(self, position: int, **numbers: Any) -> None:
+        """See `RunView`."""
+        self.reports.append({"position": self.past.height + position + 1, **numbers})
+
+    def read(self, keys: Any, **options: Any) -> Any:
         """Refuse: there are no samples behind the table."""
         raise LookupError("the test stream has a table only; pass one of your own with samples to test reading")
+
+    predict = embed = gradients = fit = read
+
+    def score(self, kind: str, keys: Any, **options: Any) -> Any:
+        """Refuse, as `read`."""
+        return self.read(keys)
 
 
 def stream(rows: int = _ROWS, seed: int = 0) -> pl.DataFrame:
@@ -85,6 +104,7 @@ def positions(trigger: Trigger, table: pl.DataFrame, split: int) -> list[int]:
         last = fired[-1] if fired else 0
         view.now_ns = int(time_ns[max(start - 1, 0)])
         view.samples_since_trigger = start - last
+        view.past = table.head(start)
         decision = trigger(new, view)
         if isinstance(decision, bool | np.bool_) or decision is None:
             decision = [new.height - 1] if decision else []

@@ -17,7 +17,7 @@ from scipy.spatial.distance import cdist, jensenshannon
 
 import dynkit as dk
 from dynkit.drift.columns import ks_p_values
-from dynkit.drift.metrics import _median_square
+from dynkit.drift.kernels import median_square
 from dynkit.errors import InvalidInput, NotFound, PolicyError
 
 METRICS = ["mmd", "energy", "sliced_wasserstein", "c2st", "ks"]
@@ -471,7 +471,7 @@ print(next(int(line.split()[1]) for line in open("/proc/self/status") if line.st
 
 def test_the_bandwidth_is_the_median_of_both_sets() -> None:
     x, y = (torch.from_numpy(part) for part in two(5000, 1000, 2, 3.0))
-    some = _median_square(x, y, np.random.default_rng(0))
+    some = median_square(x, y, np.random.default_rng(0))
     assert some == pytest.approx(float(torch.pdist(torch.cat([x, y])[::3]).square().median()), rel=0.1)
 
 

@@ -25,6 +25,7 @@ def test_public_names_are_these() -> None:
         "selection",
         "streams",
         "triggers",
+        "what_if",
         "windows",
     ]
     assert all(getattr(dk, name) is not None for name in dk.__all__)

@@ -125,10 +125,18 @@ class Owner:
             starts = sa.select(triggers.c.block_start).where(triggers.c.run == self.run).order_by(triggers.c.index)
             self.block_starts = list(connection.scalars(starts))
             self.state: bytes | None = row.state
+            self.decided = self._last_decision(connection)  # in an earlier life
             self._dataset = row.dataset, row.dataset_version
             self.live: bool = row.pipeline.get("live", False)
         self._pulse.start()
         return self
+
+    def _last_decision(self, connection: sa.Connection) -> int:
+        """Position of the last decision that was reported; -1 before any."""
+        events = tables.events
+        query = sa.select(events.c.data).where(events.c.run == self.run, events.c.kind == "decided")
+        last = connection.scalar(query.order_by(events.c.seq.desc()).limit(1))
+        return -1 if last is None else int(last["position"])
 
     @property
     def dataset(self) -> Dataset:
@@ -172,6 +180,11 @@ class Owner:
         self._ended.set()
         self._pulse.join()
         return self._end("finished", None, data)
+
+    def decide(self, reports: list[dict[str, Any]]) -> list[Event]:
+        """Commit decisions of the trigger, all or none."""
+        with self.catalog.write() as connection:
+            return [insert_event(connection, self.run, "decided", report) for report in reports]
 
     def event(self, kind: str, **data: Any) -> Event:
         """Commit one event."""

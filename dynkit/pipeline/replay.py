@@ -10,7 +10,8 @@ training and selection draws from a seed of its own (run seed, trigger index), s
 import copy
 import pickle
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import cloudpickle
@@ -19,7 +20,7 @@ import polars as pl
 import torch
 from blake3 import blake3
 
-from dynkit.data import Batches, as_keys, in_split
+from dynkit.data import as_keys, in_split
 from dynkit.errors import InvalidInput, PolicyError, TrainingError
 from dynkit.evaluation import evaluate
 from dynkit.pipeline.owner import Owner
@@ -27,7 +28,10 @@ from dynkit.pipeline.stream import Stream
 from dynkit.pipeline.view import View
 from dynkit.policies import describe
 from dynkit.time import IntArray
-from dynkit.training import FitContext, fit, resolve_device, seeded
+from dynkit.training import resolve_device, seeded
+from dynkit.training.checkpoint import read_state, write_state
+from dynkit.training.processes import train_together
+from dynkit.training.train import Outcome, Task, train
 from dynkit.types import Event, Trained, Window
 
 if TYPE_CHECKING:
@@ -52,8 +56,8 @@ def replay(load: "Callable[[Owner], Pipeline]", owner: Owner) -> Iterator[Event]
     Yields
     ------
     Event
-        ``started`` (or ``resumed``), for each trigger ``triggered``, ``selected``, ``trained``, then ``evaluated``
-        per window and ``finished``.
+        ``started`` (or ``resumed``), ``decided`` for what a trigger reports, for each trigger ``triggered``,
+        ``selected``, ``trained``, then ``evaluated`` per window and ``finished``.
     """
     with owner:
         loop = _Loop(load(owner), owner)
@@ -63,15 +67,12 @@ def replay(load: "Callable[[Owner], Pipeline]", owner: Owner) -> Iterator[Event]
         row, trigger = loop.restore()
         while (row := loop.more(row)) < len(loop.stream):
             owner.check()
-            new = loop.stream.table.slice(row, BLOCK_ROWS)
             snapshot = _pickled(trigger)  # to continue from here, the trigger must see this block again
-            loop.view.move(row)
-            for offset in _positions(trigger(new, loop.view), new.height):
-                seen = row + offset + 1
-                if seen > loop.view.last_row:  # without new samples there is nothing to train on
-                    yield from loop.train(seen, row, snapshot)
-                    loop.view.move(seen, since=-(offset + 1))
-            row += new.height
+            for seen in loop.view.fires(trigger, row, BLOCK_ROWS):
+                yield from loop.decided()
+                yield from loop.train(seen, row, snapshot)
+            yield from loop.decided()
+            row = min(row + BLOCK_ROWS, len(loop.stream))
             loop.show("reading", row)
         loop.view.see_all()
         yield from loop.evaluate()
@@ -88,7 +89,7 @@ class _Loop:
         self._begin = 0  # position that the run goes on from; a live stream may have to grow up to it
         self.device = resolve_device(pipeline.training.device)
         self.selection = copy.deepcopy(pipeline.selection)
-        self.view = View(self.stream, owner.store, pipeline.model, self.device)
+        self.view = View(self.stream, owner.store, pipeline, self.device, lambda samples: owner.check())
 
     def restore(self) -> tuple[int, Any]:
         """Return where to go on, and the trigger as it was there."""
@@ -122,6 +123,12 @@ class _Loop:
         fraction = (1 - _EVALUATION_SHARE) * position / len(self.stream)
         self.owner.progress = {"phase": phase, "fraction": fraction, "position": int(position), **details}
 
+    def decided(self) -> Iterator[Event]:
+        """Commit what the trigger reported, once: on continuing it decides again what it decided in an earlier life."""
+        reports = [report for report in self.view.reported() if report["position"] > self.owner.decided]
+        if reports:
+            yield from self.owner.decide(reports)
+
     def train(self, seen: int, block_row: int, snapshot: bytes) -> Iterator[Event]:
         """Select, train and commit at one trigger; recognise one that an earlier life of the run committed."""
         index, position = len(self.view.trained), self.stream.position(seen)
@@ -151,31 +158,31 @@ class _Loop:
         self.owner.save_selection(index, chosen)
         yield self.owner.event("selected", index=index, samples=len(keys), seconds=round(select_s, 4))
         started_s = time.perf_counter()
-        parent = self.view.trained[-1].model if self.pipeline.training.warm_start and self.view.trained else None
-        state, history, passed = self._fit(index, seen, keys, weights, parent)
-        train_s = time.perf_counter() - started_s
         content = blake3(keys.tobytes()).update(b"" if weights is None else weights.tobytes()).hexdigest()
+        state, outcome = self._fit(index, seen, keys, weights, content)
+        train_s = time.perf_counter() - started_s
         self.show("storing", seen, trigger=index)
         trained, event = self.owner.commit_trained(
             Trained(index, position, last_ns, "", len(keys), train_s),
             state,
-            parent=parent,
+            parent=self._parent(),
             columns={
                 "block_start": self.stream.position(block_row),
                 "selection": content,
                 "select_s": select_s,
-                "samples_passed": passed,
-                "report": history,
+                "samples_passed": outcome.passed,
+                "report": outcome.history,
             },
             policies=pickle.dumps((snapshot, _pickled(self.selection))),
             event={
                 "index": index,
                 "samples": len(keys),
                 "seconds": round(train_s, 4),
-                **(history[-1] if history else {}),
+                **(outcome.history[-1] if outcome.history else {}),
             },
         )
         self.view.trained += (trained,)
+        self._forget(index)
         yield event
 
     def _select(self, index: int, seen: int) -> "tuple[IntArray, np.ndarray[Any, Any] | None]":
@@ -196,23 +203,22 @@ class _Loop:
         return keys, weights
 
     def _fit(
-        self,
-        index: int,
-        seen: int,
-        keys: IntArray,
-        weights: "np.ndarray[Any, Any] | None",
-        parent: str | None,
-    ) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]], int]:
-        """Train one model; return its tensors, what the fit function reported and how many samples it took."""
-        training = self.pipeline.training
+        self, index: int, seen: int, keys: IntArray, weights: "np.ndarray[Any, Any] | None", identity: str
+    ) -> tuple[dict[str, torch.Tensor], Outcome]:
+        """Train one model; return its tensors and what else came out."""
+        training, parent = self.pipeline.training, self._parent()
         seed = self.pipeline.seed if training.seed is None else training.seed
         seed = int(np.random.SeedSequence([seed, index]).generate_state(1)[0])
-        n_validation = int(training.validation * len(keys))
-        held_out: IntArray | None = None
-        if n_validation:
-            order = np.random.default_rng(seed).permutation(len(keys))
-            held_out, rows = keys[order[:n_validation]], np.sort(order[n_validation:])
-            keys, weights = keys[rows], None if weights is None else weights[rows]
+        task = Task(
+            training,
+            seed,
+            keys,
+            weights,
+            checkpoint=self._file(index, "checkpoint"),
+            identity=f"{identity} {parent}",
+            carried=read_state(self._file(index - 1, "optimizer")) if parent and training.carry_optimizer else None,
+        )
+        on_batch = self._in_training(index, seen, training.epochs * len(keys))
         with seeded(seed):
             model = self.pipeline.model()
             if not isinstance(model, torch.nn.Module):
@@ -220,24 +226,11 @@ class _Loop:
             if parent is not None:
                 model.load_state_dict(self.owner.store.load(parent))
             model.to(self.device)
-            options: dict[str, Any] = {
-                "batch_size": training.batch_size,
-                "device": self.device,
-                "cache_bytes": training.cache_bytes,
-            }
-            batches = Batches(
-                self.stream.version,
-                keys,
-                weights=weights,
-                shuffle=True,
-                seed=seed,
-                last="join",
-                on_batch=self._in_training(index, seen, training.epochs * len(keys)),
-                **options,
-            )
-            validation = None if held_out is None else Batches(self.stream.version, held_out, **options)
-            context = FitContext(training, self.device, validation)
-            (training.fit or fit)(model, batches, context)
+            if training.processes == 1:
+                outcome = train(model, self.stream.version, task, device=self.device, on_batch=on_batch)
+            else:
+                dataset = self.pipeline.dataset.at(self.stream.number)
+                outcome = train_together(model, dataset, task, device=self.device, on_batch=on_batch)
         state = {
             name: value.detach().cpu() if isinstance(value, torch.Tensor) else value
             for name, value in model.state_dict().items()
@@ -246,7 +239,23 @@ class _Loop:
         bad = [name for name, value in model.named_parameters() if not torch.isfinite(value).all()]
         if bad:
             raise TrainingError(f"after training, {', '.join(bad)} of the model are not finite (NaN or infinity)")
-        return state, context.history, batches.passed
+        if training.carry_optimizer:
+            write_state(self._file(index, "optimizer"), outcome.carried)
+        return state, outcome
+
+    def _parent(self) -> str | None:
+        """Return the model that the next training starts from."""
+        return self.view.trained[-1].model if self.pipeline.training.warm_start and self.view.trained else None
+
+    def _file(self, index: int, kind: str) -> Path:
+        """Where a training keeps its state."""
+        return self.owner.folder / "training" / f"{index:06d}.{kind}"
+
+    def _forget(self, index: int) -> None:
+        """Remove what trainings kept, once they are committed; only the newest optimizer is still needed."""
+        for path in (self.owner.folder / "training").glob("*"):
+            if path != self._file(index, "optimizer"):
+                path.unlink()
 
     def _in_training(self, index: int, seen: int, total: int) -> Any:
         """Make the function that the loader calls before each batch: obey requests, tell the progress."""
@@ -324,25 +333,6 @@ def _pickled(policy: Any) -> bytes:
         raise PolicyError(
             f"{describe(policy)} cannot be saved, so the run could not continue later: {error}"
         ) from error
-
-
-def _positions(decision: Any, height: int) -> Iterator[int]:
-    """Row positions of a trigger's decision, checked, lazily: a generator goes on after each training."""
-    if isinstance(decision, bool | np.bool_) or decision is None:
-        if decision:
-            yield height - 1
-        return
-    if not isinstance(decision, Iterable):
-        raise PolicyError(f"the trigger returned {decision!r}; expected True, False or row positions of `new`")
-    last = -2
-    for position in decision:
-        if not isinstance(position, int | np.integer) or isinstance(position, bool) or not last < position < height:
-            raise PolicyError(
-                f"the trigger returned position {position!r} after {last}; expected increasing whole numbers "
-                f"from -1 to {height - 1}"
-            )
-        last = int(position)
-        yield last
 
 
 def _keys_and_weights(chosen: Any) -> "tuple[IntArray, np.ndarray[Any, Any] | None]":

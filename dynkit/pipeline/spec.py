@@ -34,7 +34,7 @@ from dynkit.evaluation.metrics import NAMES as METRICS
 from dynkit.evaluation.settings import Evaluation
 from dynkit.pipeline.declaration import Pipeline
 from dynkit.policies import snake_case
-from dynkit.training.settings import LOSSES, OPTIMIZERS, SCHEDULES, Training
+from dynkit.training.settings import LOSSES, OPTIMIZERS, SCHEDULES, Optimizer, Schedule, Training
 from dynkit.yaml import Document, Path, parse
 
 __all__ = ["BUILT_IN", "KEYS", "NAMED", "build", "field_names", "schema"]
@@ -47,6 +47,8 @@ BUILT_IN: dict[str, dict[str, type[Any]]] = {
     "model": {},
 }
 NAMED = {"optimizer": OPTIMIZERS, "schedule": SCHEDULES, "loss": LOSSES, "fit": ()}
+_SETTINGS: dict[str, type[Any]] = {"optimizer": Optimizer, "schedule": Schedule}  # a name with parameters makes these
+_OPAQUE = ("windows", "metrics", "batch_selection")  # policies: made and checked where they are read
 KEYS = ("name", "dataset", "model", "trigger", "selection", "training", "evaluation", "seed")
 _REQUIRED = ("dataset", "model", "trigger", "selection")
 
@@ -183,7 +185,7 @@ class _Builder:
         if callable(value):  # from $name
             raise self.error(path, f"write the name without '$' to use a function as {role}")
         found = f"{len(value)} keys ({', '.join(value)})" if isinstance(value, dict) else repr(value)
-        names = ", ".join(BUILT_IN[role]) or "model"
+        names = ", ".join(BUILT_IN.get(role, NAMED.get(role, ()))) or "model"
         raise self.error(
             path, f"{found} is not one {role}; expected a name or {{name: parameters}} with one of: {names}"
         )
@@ -248,12 +250,33 @@ class _Builder:
     def training(self, path: Path, values: dict[str, Any]) -> Training:
         """Make the training; optimizer, schedule, loss and fit may be the user's own."""
         resolved = dict(values)
-        for key, known in NAMED.items():
-            value = values.get(key)
-            if isinstance(value, str) and value not in known:
-                resolved[key] = self._find((*path, key), value, key)
+        for key, value in values.items():
+            if key == "optimizer" and isinstance(value, list):
+                resolved[key] = [self._setting((*path, key, i), one, key) for i, one in enumerate(value)]
+            elif key in NAMED:
+                resolved[key] = self._setting((*path, key), value, key)
+        if resolved.get("batch_selection") is not None:
+            resolved["batch_selection"] = self.policy(
+                (*path, "batch_selection"), values["batch_selection"], "selection"
+            )
         with self.at(path):
             return Training(**self._validated(path, Training, resolved))
+
+    def _setting(self, path: Path, value: Any, key: str) -> Any:
+        """Find what ``name`` or, for some keys, ``{name: parameters}`` stands for."""
+        cls = _SETTINGS.get(key)
+        parameters: Any = {}
+        if isinstance(value, dict) and cls is not None:
+            value, parameters, path = self._named(path, value, key)
+        if isinstance(value, str) and value not in NAMED[key]:
+            value = self._find(path, value, key)
+        if not parameters or cls is None:
+            return value
+        parameters = dict(self.mapping(path, parameters, field_names(cls)[1:], key))
+        if "schedule" in parameters:
+            parameters["schedule"] = self._setting((*path, "schedule"), parameters["schedule"], "schedule")
+        with self.at(path):
+            return cls(**self._validated(path, cls, {"name": value, **parameters}))
 
     def evaluation(self, path: Path, values: dict[str, Any]) -> Evaluation:
         """Make the evaluation."""
@@ -287,7 +310,7 @@ def _pydantic_model(cls: type[Any]) -> type[pydantic.BaseModel]:
         default: Any = field.default
         if default is dataclasses.MISSING:
             default = ... if field.default_factory is dataclasses.MISSING else None
-        hint = Any if field.name in ("windows", "metrics") else hints[field.name]
+        hint = Any if field.name in _OPAQUE else hints[field.name]
         fields[field.name] = (hint, default)
     config = pydantic.ConfigDict(extra="forbid", strict=True)
     return pydantic.create_model(cls.__name__, __config__=config, **fields)
@@ -342,9 +365,19 @@ def schema() -> dict[str, Any]:
             ]
         }
 
+    def named(key: str, known: tuple[str, ...]) -> dict[str, Any]:
+        options = [{"enum": list(known)}, reference, {"type": "null"}]
+        if key in _SETTINGS:
+            settings = parameters(_SETTINGS[key])
+            del settings["properties"]["name"]
+            options.append({"type": "object", "additionalProperties": settings, "maxProperties": 1})
+        return {"anyOf": options}
+
     training, judging = parameters(Training), parameters(Evaluation)
     for key, known in NAMED.items():
-        training["properties"][key] = {"anyOf": [{"enum": list(known)}, reference, {"type": "null"}]}
+        training["properties"][key] = named(key, known)
+    training["properties"]["optimizer"]["anyOf"].append({"type": "array", "items": named("optimizer", OPTIMIZERS)})
+    training["properties"]["batch_selection"] = policy("selection")
     judging["properties"]["windows"] = policy("windows")
     judging["properties"]["slices"] = {"type": "array", "items": {"type": "string"}}
     judging["properties"]["metrics"] = {"type": "array", "items": policy("metrics"), "minItems": 1}
