@@ -11,7 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dynkit import drift, errors, plots, selection, triggers
+    from dynkit import drift, errors, plots, selection, streams, triggers
     from dynkit.data import Dataset
     from dynkit.evaluation import Evaluation, metrics, windows
     from dynkit.pipeline import Pipeline, Run
@@ -39,6 +39,7 @@ __all__ = [
     "metrics",
     "plots",
     "selection",
+    "streams",
     "sweep",
     "triggers",
     "what_if",
@@ -60,6 +61,7 @@ _HOME = {
     "metrics": "dynkit.evaluation.metrics:",
     "plots": "dynkit.plots:",
     "selection": "dynkit.selection:",
+    "streams": "dynkit.streams:",
     "sweep": "dynkit.pipeline.sweep:sweep",
     "triggers": "dynkit.triggers:",
     "what_if": "dynkit.pipeline.what_if:what_if",

@@ -30,7 +30,7 @@ __all__ = [
     "triggers",
 ]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _BUSY_TIMEOUT_S = 60.0
 _FILE = "catalog.sqlite"
 _metadata = sa.MetaData()
@@ -130,10 +130,11 @@ evaluations = sa.Table(
     sa.Column("window_start_ns", sa.BigInteger, primary_key=True),
     sa.Column("window_end_ns", sa.BigInteger, primary_key=True),
     sa.Column("metric", sa.String, primary_key=True),
+    sa.Column("slice", sa.String, primary_key=True),  # "column=value"; empty for all samples of the window
     sa.Column("metric_index", sa.Integer, nullable=False),  # as declared; the first is the one drawn by default
     sa.Column("window_anchor_ns", sa.BigInteger, nullable=False),
     sa.Column("value", sa.Float),  # null where the metric is undefined in the window
-    sa.Column("samples", sa.BigInteger, nullable=False),
+    sa.Column("samples", sa.BigInteger, nullable=False),  # of the slice in the window
 )
 
 

@@ -23,6 +23,7 @@ def test_public_names_are_these() -> None:
         "metrics",
         "plots",
         "selection",
+        "streams",
         "sweep",
         "triggers",
         "what_if",

@@ -68,6 +68,7 @@ def test_yaml_is_the_python_constructors_spelled_differently(ws: dk.Workspace, d
         ("model: make_model", "model: {torch.nn:Linear: {in_features: 3, out_features: 2}}", lambda p: p.model().in_features == 3),
         ("{tumbling: 3d}", "between_triggers", lambda p: p.evaluation.windows == dk.windows.BetweenTriggers()),
         ("[accuracy, roc_auc]", "[top_3, {f1: {average: micro}}]", lambda p: p.evaluation.metrics[1].average == "micro"),
+        ("[accuracy, roc_auc]", "[accuracy]\n  slices: [label]", lambda p: p.evaluation.slices == ["label"]),
         ("lr: 1e-2", "lr: $rate", lambda p: p.training.lr == 0.1),
         ("lr: 1e-2", "optimizer: sgd, schedule: cosine, loss: own_trigger", lambda p: p.training.loss is own_trigger),
         ("epochs: 1", "patience: 2, validation: 0.1, grad_clip: null", lambda p: p.training.patience == 2),
@@ -160,6 +161,8 @@ def test_the_device_and_name_may_come_from_outside(ws: dk.Workspace, dataset: dk
         ("3d", "3x", r"line 7: evaluation.windows.tumbling: every: '3x' is not a duration"),
         ("accuracy", "acuracy", r"line 8: evaluation.metrics.0: .*'acuracy' is not known; did you mean 'accuracy'\?"),
         ("[accuracy, roc_auc]", "accuracy", r"line 8: evaluation.metrics: 'accuracy' is not a list"),
+        ("[accuracy, roc_auc]", "[accuracy]\n  slices: label", r"line 9: evaluation.slices: 'label' is not a list"),
+        ("[accuracy, roc_auc]", "[accuracy]\n  slices: [lable]", r"slices has 'lable', .*did you mean 'label'\?"),
         (
             "[accuracy, roc_auc]",
             "[accuracy, accuracy]",

@@ -1,12 +1,12 @@
 """A Pipeline as declared: what to train on, when, on which samples, how, and how to judge it."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from dynkit.catalog import Catalog
 from dynkit.data import Dataset, check_name
-from dynkit.errors import InvalidInput, check_whole
+from dynkit.errors import InvalidInput, check_whole, did_you_mean
 from dynkit.evaluation.settings import Evaluation
 from dynkit.pipeline.owner import Owner, new_id, new_run
 from dynkit.pipeline.payload import pack
@@ -17,6 +17,8 @@ from dynkit.training.settings import Training
 from dynkit.types import Event, Model, Selection, Trigger
 
 __all__ = ["Pipeline"]
+
+_MAX_SLICES = 1000  # of a column
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,6 +70,7 @@ class Pipeline:
         for name, kind in (("training", Training), ("evaluation", Evaluation)):
             if not isinstance(getattr(self, name), kind):
                 raise InvalidInput(f"{name}={getattr(self, name)!r} must be dk.{kind.__name__}(...)")
+        _check_slices(dataset, self.evaluation.slices)
         check_whole("seed", self.seed, 0)
         object.__setattr__(self, "dataset", dataset)
         object.__setattr__(self, "model", as_model(self.model))
@@ -138,3 +141,16 @@ class Pipeline:
         )
         note(Run(catalog, run))
         return pipeline, run
+
+
+def _check_slices(dataset: Dataset, columns: Sequence[str]) -> None:
+    """Refuse columns that are not there or have no values to tell samples apart by, before anything is trained."""
+    known = ["label", *dataset.schema["columns"]]
+    for column in columns:
+        if column not in known:
+            raise InvalidInput(f"slices has {column!r}, no column of {dataset.name!r}{did_you_mean(column, known)}")
+        values = dataset.open().columns([column])[column]
+        if values.dtype.is_float() or values.dtype.is_nested():
+            raise InvalidInput(f"slices has {column!r} of {values.dtype}; expected texts, whole numbers or booleans")
+        if (n := values.n_unique()) > _MAX_SLICES:
+            raise InvalidInput(f"slices has {column!r} of {n} values; at most {_MAX_SLICES} can be judged apart")

@@ -23,6 +23,7 @@ from dynkit.catalog import Catalog
 from dynkit.data import Dataset
 from dynkit.disk import flush
 from dynkit.errors import Conflict, DynkitError
+from dynkit.evaluation import Scored
 from dynkit.models import ModelStore
 from dynkit.pipeline.process import identity
 from dynkit.types import Event, Trained, Window
@@ -251,8 +252,9 @@ class Owner:
             query = sa.select(table.c.window_start_ns, table.c.window_end_ns).where(table.c.run == self.run).distinct()
             return {(row.window_start_ns, row.window_end_ns) for row in connection.execute(query)}
 
-    def commit_window(self, window: Window, samples: int, scores: dict[str, dict[str, float | None]]) -> Event:
-        """Commit one column of the models x windows matrix."""
+    def commit_window(self, window: Window, scored: dict[str, Scored]) -> Event:
+        """Commit one column of the models x windows matrix, of all samples and of each slice."""
+        samples = scored[""].samples
         rows = [
             {
                 "run": self.run,
@@ -261,11 +263,13 @@ class Owner:
                 "window_end_ns": window.end_ns,
                 "window_anchor_ns": window.anchor,
                 "metric": metric,
+                "slice": slice,
                 "metric_index": metric_index,
                 "value": value,
-                "samples": samples,
+                "samples": some.samples,
             }
-            for model, by_metric in scores.items()
+            for slice, some in scored.items()
+            for model, by_metric in some.scores.items()
             for metric_index, (metric, value) in enumerate(by_metric.items())
         ]
         data = {"start": window.start.isoformat(), "end": window.end.isoformat(), "samples": samples}

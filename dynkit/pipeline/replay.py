@@ -328,12 +328,13 @@ class _Loop:
             self.stream.version,
             self._judged(),
             evaluation.resolved(),
+            slices=evaluation.slices,
             device=self.device,
             batch_size=evaluation.batch_size,
             on_batch=lambda samples: self.owner.check(),
         )
-        for n, (window, samples, scores) in enumerate(scored, 1):
-            yield self.owner.commit_window(window, samples, scores)
+        for n, (window, scores) in enumerate(scored, 1):
+            yield self.owner.commit_window(window, scores)
             self._show_window(n + 1, len(left))
 
     def _judged(self) -> pl.DataFrame:

@@ -305,9 +305,10 @@ class _Builder:
         resolved = dict(values)
         if "windows" in values:
             resolved["windows"] = self.policy((*path, "windows"), values["windows"], "windows")
+        for key, example in (("metrics", "[accuracy, roc_auc]"), ("slices", "[label]")):
+            if key in values and (not isinstance(values[key], list) or not values[key]):
+                raise self.error((*path, key), f"{values[key]!r} is not a list such as {example}")
         if "metrics" in values:
-            if not isinstance(values["metrics"], list) or not values["metrics"]:
-                raise self.error((*path, "metrics"), f"{values['metrics']!r} is not a list such as [accuracy, roc_auc]")
             resolved["metrics"] = [
                 self._metric((*path, "metrics", i), metric) for i, metric in enumerate(values["metrics"])
             ]
@@ -410,6 +411,7 @@ def schema() -> dict[str, Any]:
     training["properties"]["optimizer"]["anyOf"].append({"type": "array", "items": named("optimizer", OPTIMIZERS)})
     training["properties"]["batch_selection"] = policy("selection")
     judging["properties"]["windows"] = policy("windows")
+    judging["properties"]["slices"] = {"type": "array", "items": {"type": "string"}}
     judging["properties"]["metrics"] = {"type": "array", "items": policy("metrics"), "minItems": 1}
     properties = {
         "name": {"type": "string"},
