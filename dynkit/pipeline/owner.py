@@ -15,13 +15,11 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-import polars as pl
 import sqlalchemy as sa
 
 from dynkit import catalog as tables
 from dynkit.catalog import Catalog
 from dynkit.data import Dataset
-from dynkit.disk import flush
 from dynkit.errors import Conflict, DynkitError
 from dynkit.models import ModelStore
 from dynkit.pipeline.process import identity
@@ -208,7 +206,8 @@ class Owner:
 
         def also(connection: sa.Connection, model: str) -> None:
             done = dataclasses.replace(trained, model=model)
-            connection.execute(sa.insert(tables.triggers), {"run": self.run, **vars(done), **columns})
+            row = {"run": self.run, "parent": parent, **vars(done), **columns}
+            connection.execute(sa.insert(tables.triggers), row)
             kinds = {"derived": parent, "version": previous}
             rows = [
                 {"parent": source, "child": model, "kind": kind, "run": self.run}
@@ -253,13 +252,6 @@ class Owner:
             if rows:
                 connection.execute(sa.insert(tables.evaluations), rows)
             return insert_event(connection, self.run, "evaluated", data)
-
-    def save_selection(self, index: int, selection: pl.DataFrame) -> None:
-        """Write the chosen keys and weights of a trigger beside the run."""
-        path = self.folder / "selections" / f"{index:06d}.arrow"
-        path.parent.mkdir(exist_ok=True)
-        selection.write_ipc(path, compression="zstd")
-        flush(path, path.parent)
 
     def check(self) -> None:
         """Obey a pending request: wait while paused, raise `Cancelled` to end. Called between two batches."""

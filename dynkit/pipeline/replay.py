@@ -16,18 +16,18 @@ from typing import TYPE_CHECKING, Any
 import cloudpickle
 import numpy as np
 import polars as pl
-import torch
-from blake3 import blake3
 
-from dynkit.data import Batches, as_keys, in_split
-from dynkit.errors import InvalidInput, PolicyError, TrainingError
+from dynkit.data import as_keys, in_split
+from dynkit.errors import InvalidInput, PolicyError
 from dynkit.evaluation import evaluate
+from dynkit.lineage.samples import content, write_selection
 from dynkit.pipeline.owner import Owner
 from dynkit.pipeline.stream import Stream
+from dynkit.pipeline.train import train
 from dynkit.pipeline.view import View
 from dynkit.policies import describe
 from dynkit.time import IntArray
-from dynkit.training import FitContext, fit, resolve_device, seeded
+from dynkit.training import resolve_device, seeded
 from dynkit.types import Event, Trained, Window
 
 if TYPE_CHECKING:
@@ -147,24 +147,33 @@ class _Loop:
         started_s = time.perf_counter()
         keys, weights = self._select(index, seen)
         select_s = time.perf_counter() - started_s
-        chosen = pl.DataFrame({"key": keys} if weights is None else {"key": keys, "weight": weights})
-        self.owner.save_selection(index, chosen)
+        write_selection(self.owner.catalog.root, self.owner.run, index, keys, weights)
         yield self.owner.event("selected", index=index, samples=len(keys), seconds=round(select_s, 4))
         started_s = time.perf_counter()
         parent = self.view.trained[-1].model if self.pipeline.training.warm_start and self.view.trained else None
-        state, history, passed = self._fit(index, seen, keys, weights, parent)
+        outcome = train(
+            self.pipeline,
+            index,
+            self.stream.version,
+            keys,
+            weights,
+            parent=None if parent is None else self.owner.store.load(parent),
+            device=self.device,
+            on_batch=self._in_training(index, seen, len(keys)),
+        )
         train_s = time.perf_counter() - started_s
-        content = blake3(keys.tobytes()).update(b"" if weights is None else weights.tobytes()).hexdigest()
+        history = outcome.history
         self.show("storing", seen, trigger=index)
         trained, event = self.owner.commit_trained(
             Trained(index, position, last_ns, "", len(keys), train_s),
-            state,
+            outcome.state,
             parent=parent,
             columns={
                 "block_start": self.stream.position(block_row),
-                "selection": content,
+                "dataset_version": self.stream.version.number,
+                "selection": content(keys, weights),
                 "select_s": select_s,
-                "samples_passed": passed,
+                "samples_passed": outcome.passed,
                 "report": history,
             },
             policies=pickle.dumps((snapshot, _pickled(self.selection))),
@@ -195,62 +204,11 @@ class _Loop:
             )
         return keys, weights
 
-    def _fit(
-        self,
-        index: int,
-        seen: int,
-        keys: IntArray,
-        weights: "np.ndarray[Any, Any] | None",
-        parent: str | None,
-    ) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]], int]:
-        """Train one model; return its tensors, what the fit function reported and how many samples it took."""
-        training = self.pipeline.training
-        seed = self.pipeline.seed if training.seed is None else training.seed
-        seed = int(np.random.SeedSequence([seed, index]).generate_state(1)[0])
-        n_validation = int(training.validation * len(keys))
-        held_out: IntArray | None = None
-        if n_validation:
-            order = np.random.default_rng(seed).permutation(len(keys))
-            held_out, rows = keys[order[:n_validation]], np.sort(order[n_validation:])
-            keys, weights = keys[rows], None if weights is None else weights[rows]
-        with seeded(seed):
-            model = self.pipeline.model()
-            if not isinstance(model, torch.nn.Module):
-                raise TrainingError(f"the model function returned {type(model).__name__}, not an nn.Module")
-            if parent is not None:
-                model.load_state_dict(self.owner.store.load(parent))
-            model.to(self.device)
-            options: dict[str, Any] = {
-                "batch_size": training.batch_size,
-                "device": self.device,
-                "cache_bytes": training.cache_bytes,
-            }
-            batches = Batches(
-                self.stream.version,
-                keys,
-                weights=weights,
-                shuffle=True,
-                seed=seed,
-                last="join",
-                on_batch=self._in_training(index, seen, training.epochs * len(keys)),
-                **options,
-            )
-            validation = None if held_out is None else Batches(self.stream.version, held_out, **options)
-            context = FitContext(training, self.device, validation)
-            (training.fit or fit)(model, batches, context)
-        state = {
-            name: value.detach().cpu() if isinstance(value, torch.Tensor) else value
-            for name, value in model.state_dict().items()
-        }
-        # A buffer may hold infinities on purpose (an attention mask).
-        bad = [name for name, value in model.named_parameters() if not torch.isfinite(value).all()]
-        if bad:
-            raise TrainingError(f"after training, {', '.join(bad)} of the model are not finite (NaN or infinity)")
-        return state, context.history, batches.passed
-
-    def _in_training(self, index: int, seen: int, total: int) -> Any:
+    def _in_training(self, index: int, seen: int, selected: int) -> Any:
         """Make the function that the loader calls before each batch: obey requests, tell the progress."""
         before, done = self.view.last_row, 0
+        training = self.pipeline.training
+        total = training.epochs * (selected - int(training.validation * selected))
         base = {"phase": "training", "trigger": index, "samples": total}
         scale = (1 - _EVALUATION_SHARE) / len(self.stream)
 

@@ -1,0 +1,307 @@
+"""A Lineage is what a workspace knows about its models; each method opens the catalog and asks one module."""
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import cloudpickle
+import sqlalchemy as sa
+import torch
+
+from dynkit.catalog import Catalog, names, notes
+from dynkit.errors import Conflict, InvalidInput
+from dynkit.lineage import export, graph, listing, placing
+from dynkit.lineage.listing import Card, Log
+from dynkit.lineage.origins import Origin, insert_origin
+from dynkit.lineage.placing import Placement
+from dynkit.lineage.rebuilding import Recipe, Workshop, link, make, put
+from dynkit.models import ModelStore, manifest_id, tensor_id
+from dynkit.policies import digest
+
+if TYPE_CHECKING:
+    import networkx as nx
+
+__all__ = ["Lineage"]
+
+Model = torch.nn.Module | Mapping[str, torch.Tensor] | str | Path
+
+
+class Lineage:
+    """The graph of a workspace's models; opened as ``ws.lineage``.
+
+    A model is given by its identity, a beginning of it that fits only one, or its name.
+
+    Parameters
+    ----------
+    catalog : Catalog
+    store : ModelStore
+    recipe : callable
+        Gives the `Recipe` of a run, to train models anew.
+
+    Examples
+    --------
+    >>> import dynkit as dk, tempfile, torch
+    >>> ws = dk.Workspace(tempfile.mkdtemp())
+    >>> base = ws.lineage.add({"w": torch.randn(64, 64)}, name="base")
+    >>> child = ws.lineage.add(lambda state: {"w": state["w"] + 0.01}, parents=["base"], how="shifted")
+    >>> ws.lineage.ancestors(child) == {base}
+    True
+    >>> ws.lineage.place(ws.models.load(child))[0].model in {base, child}
+    True
+    """
+
+    def __init__(self, catalog: Catalog, store: ModelStore, recipe: Callable[[str], Recipe]) -> None:
+        self._catalog = catalog
+        self._store = store
+        self._workshop = Workshop(catalog, store, recipe)
+
+    def __repr__(self) -> str:
+        return repr(self.log(20))
+
+    def _repr_html_(self) -> str:
+        return self.log(20)._repr_html_()
+
+    # ---- the graph ----
+
+    def ancestors(self, model: str) -> set[str]:
+        """Models that `model` was made from, directly or through others."""
+        return self._reachable(model, up=True)
+
+    def descendants(self, model: str) -> set[str]:
+        """Models made from `model`, directly or through others."""
+        return self._reachable(model, up=False)
+
+    def _reachable(self, model: str, *, up: bool) -> set[str]:
+        with self._catalog.read() as connection:
+            found = graph.resolve(connection, model)
+            return graph.reachable(connection, [found], up=up) - {found}
+
+    def versions(self, model: str) -> list[str]:
+        """Versions of a model, itself included, oldest first."""
+        with self._catalog.read() as connection:
+            return graph.versions(connection, graph.resolve(connection, model))
+
+    def common_ancestor(self, a: str, b: str) -> str | None:
+        """Return the newest model that both come from, if any; one of the two counts."""
+        with self._catalog.read() as connection:
+            return graph.common_ancestor(connection, graph.resolve(connection, a), graph.resolve(connection, b))
+
+    def resolve(self, model: str) -> str:
+        """Return the identity of a model.
+
+        Raises
+        ------
+        NotFound
+        """
+        with self._catalog.read() as connection:
+            return graph.resolve(connection, model)
+
+    # ---- what is there ----
+
+    def log(self, limit: int | None = 50) -> Log:
+        """List the newest models; None: all."""
+        with self._catalog.read() as connection:
+            return listing.log(connection, limit)
+
+    def show(self, model: str) -> Card:
+        """Return all that is known of a model: where it comes from, samples, recipe, seed, code, metrics, tests."""
+        with self._catalog.read() as connection:
+            return listing.card(connection, self._catalog.root, graph.resolve(connection, model))
+
+    def search(
+        self, text: str | None = None, *, tag: str | None = None, run: str | None = None, dataset: str | None = None
+    ) -> Log:
+        """List the models for which all of this holds.
+
+        Parameters
+        ----------
+        text : str or None
+            In a name, a tag or a note, or the beginning of the identity.
+        tag : str or None
+        run : str or None
+            Id or name of the run that trained it.
+        dataset : str or None
+            That it was trained on.
+        """
+        with self._catalog.read() as connection:
+            return listing.search(connection, text, tag, run, dataset)
+
+    def to_networkx(self) -> "nx.MultiDiGraph[str]":
+        """All models as nodes; edges keyed by kind, with the `runs` that made them."""
+        with self._catalog.read() as connection:
+            return export.to_networkx(connection)
+
+    def save(self, path: str | Path) -> None:
+        """Write the graph as GraphML (``.graphml``), JSON (``.json``) or a Mermaid chart (``.mmd``)."""
+        export.save(self.to_networkx(), Path(path))
+
+    # ---- what people add ----
+
+    def add(
+        self,
+        model: Model | Callable[..., Any],
+        *,
+        parents: Sequence[str] = (),
+        version_of: str | None = None,
+        how: str = "added",
+        name: str | None = None,
+        tags: Iterable[str] = (),
+        note: str | None = None,
+    ) -> str:
+        """Store a model that no run trained, and its place in the graph.
+
+        Parameters
+        ----------
+        model : nn.Module, mapping of name to tensor, path of a safetensors file, or callable
+            A function of the parents' states that returns a module or a state: it is called now, and again when a
+            parent is updated.
+        parents : sequence of str
+            Models it was made from.
+        version_of : str or None
+            The model that it is the next version of.
+        how : str
+            How it was made, for people.
+        name : str or None
+            Must be free, or already name this model.
+        tags : iterable of str
+        note : str or None
+
+        Returns
+        -------
+        str
+            Its identity.
+
+        Raises
+        ------
+        InvalidInput, NotFound, Conflict
+        """
+        parents = [self.resolve(parent) for parent in parents]
+        before = [] if version_of is None else [self.resolve(version_of)]
+        code = None
+        started_s = time.perf_counter()
+        made = callable(model) and not isinstance(model, torch.nn.Module)
+        if made:
+            code = bytes(cloudpickle.dumps(model))
+            state: Mapping[str, torch.Tensor] = make(code, [self._store.load(parent) for parent in parents])
+        else:
+            state = _state_of(model)
+        origin = Origin(
+            model="",
+            how="made" if made else "added",
+            parents=tuple(parents),
+            recipe={"how": how},
+            digest=digest(model) if made else "",
+            seconds=time.perf_counter() - started_s,
+            created_ns=time.time_ns(),
+        )
+        return self._commit(state, origin, code=code, before=before, name=name, tags=tags, note=note)
+
+    def _commit(
+        self,
+        state: Mapping[str, torch.Tensor],
+        origin: Origin,
+        *,
+        code: bytes | None = None,
+        before: Sequence[str] = (),
+        name: str | None = None,
+        tags: Iterable[str] = (),
+        note: str | None = None,
+    ) -> str:
+        """Store a model with its origin, edges, name and notes, at once."""
+        tags = list(tags)
+
+        def also(connection: sa.Connection, model: str) -> None:
+            link(connection, "derived", origin.parents, model)
+            link(connection, "version", before, model)
+            insert_origin(connection, replace(origin, model=model), code)
+            manifest = {key: tensor_id(tensor) for key, tensor in state.items()}
+            placing.index(connection, model, state, manifest)
+            if name is not None:
+                _point(connection, name, model, expected=None)
+            _note(connection, model, tags, note)
+
+        return put(self._store, state, also, origin.parents)
+
+    def name(self, model: str, name: str, *, instead_of: str | None = None) -> None:
+        """Give a model a name, or move a name to it.
+
+        Parameters
+        ----------
+        model, name : str
+        instead_of : str or None
+            The model that has the name now: it moves only if that is still so. None: the name must be free.
+
+        Raises
+        ------
+        Conflict
+            When somebody else was quicker.
+        """
+        with self._catalog.write() as connection:
+            expected = None if instead_of is None else graph.resolve(connection, instead_of)
+            _point(connection, name, graph.resolve(connection, model), expected=expected)
+
+    def note(self, model: str, text: str | None = None, *, tags: Iterable[str] = ()) -> None:
+        """Write a note or tags on a model."""
+        with self._catalog.write() as connection:
+            _note(connection, graph.resolve(connection, model), tags, text)
+
+    # ---- where a model belongs ----
+
+    def place(self, model: Model, limit: int = 5) -> Placement:
+        """Find the stored models that a model of unknown origin may come from, the most likely first.
+
+        Parameters
+        ----------
+        model : nn.Module, mapping of name to tensor, or path of a safetensors file
+        limit : int
+            Most candidates to return.
+        """
+        state = _state_of(model)
+        placing.catch_up(self._catalog, self._store)
+        identity = manifest_id({key: tensor_id(tensor) for key, tensor in state.items()})
+        with self._catalog.read() as connection:
+            return placing.place(connection, state, limit, identity)
+
+
+def _state_of(model: Any) -> Mapping[str, torch.Tensor]:
+    """Return the tensors of what a user has."""
+    if isinstance(model, torch.nn.Module):
+        return model.state_dict()
+    if isinstance(model, Mapping):
+        return model
+    if isinstance(model, str | Path) and Path(model).suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            state: dict[str, torch.Tensor] = load_file(model)
+        except (OSError, SafetensorError) as error:
+            raise InvalidInput(f"{model} cannot be read: {error}") from None
+        return state
+    raise InvalidInput(f"{model!r:.80} is no model; pass an nn.Module, a state dict or the path of a .safetensors file")
+
+
+def _point(connection: sa.Connection, name: str, model: str, *, expected: str | None) -> None:
+    """Let a name mean a model, if it means `expected` now (None: nothing, or the model already)."""
+    now = connection.scalar(sa.select(names.c.model).where(names.c.name == name))
+    if now == model:
+        return
+    if now != expected:
+        what = "is free" if now is None else f"names model {now[:12]}"
+        hint = "" if now is None else f"; move it with name(model, {name!r}, instead_of={now[:12]!r})"
+        raise Conflict(f"the name {name!r} {what}{hint}")
+    if now is None:
+        connection.execute(sa.insert(names), {"name": name, "model": model})
+    else:
+        connection.execute(sa.update(names).where(names.c.name == name).values(model=model))
+
+
+def _note(connection: sa.Connection, model: str, tags: Iterable[str], note: str | None) -> None:
+    if isinstance(tags, str):
+        raise InvalidInput(f"tags={tags!r} must be a list of text: tags=[{tags!r}]")
+    texts = [*(("tag", tag) for tag in tags), *([("note", note)] if note else [])]
+    rows = [{"model": model, "kind": kind, "text": text, "created_ns": time.time_ns()} for kind, text in texts]
+    if rows:
+        connection.execute(sa.insert(notes).prefix_with("OR IGNORE"), rows)

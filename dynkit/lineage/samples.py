@@ -1,0 +1,84 @@
+"""The samples that trainings used: keys and weights of each trigger, kept beside its run.
+
+    runs/<id>/selections/<index>.arrow       key, and weight where the selection gave weights
+
+Held-out validation samples are among them: they decide when training stops.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+from blake3 import blake3
+
+from dynkit.data import as_keys
+from dynkit.disk import flush
+from dynkit.errors import StorageError
+from dynkit.time import IntArray
+
+__all__ = ["content", "read_selection", "remove_selection", "split", "uses", "without", "write_selection"]
+
+Weights = np.ndarray[Any, Any]
+
+
+def write_selection(root: Path, run: str, index: int, keys: IntArray, weights: Weights | None) -> None:
+    """Write what a trigger selected, in place of what is there; the old or the new is seen, never a part."""
+    path = _path(root, run, index)
+    path.parent.mkdir(exist_ok=True)
+    frame = pl.DataFrame({"key": keys} if weights is None else {"key": keys, "weight": weights})
+    written = path.with_suffix(".new")
+    frame.write_ipc(written, compression="zstd")
+    flush(written)
+    written.replace(path)
+    flush(path.parent)
+
+
+def read_selection(root: Path, run: str, index: int) -> pl.DataFrame:
+    """Keys (and weights, if there were any) of a trigger.
+
+    Raises
+    ------
+    StorageError
+    """
+    path = _path(root, run, index)
+    try:
+        return pl.read_ipc(path)
+    except (OSError, pl.exceptions.PolarsError) as error:
+        raise StorageError(f"the selection {path} cannot be read: {error}") from error
+
+
+def remove_selection(root: Path, run: str, index: int) -> None:
+    """Delete what a trigger selected."""
+    _path(root, run, index).unlink(missing_ok=True)
+
+
+def _path(root: Path, run: str, index: int) -> Path:
+    return root / "runs" / run / "selections" / f"{index:06d}.arrow"
+
+
+def split(frame: pl.DataFrame) -> tuple[IntArray, Weights | None]:
+    """Keys and weights of a selection as arrays."""
+    weights = frame["weight"].to_numpy(writable=True) if "weight" in frame.columns else None
+    return np.ascontiguousarray(as_keys(frame)), weights
+
+
+def without(frame: pl.DataFrame, keys: IntArray) -> pl.DataFrame:
+    """Leave out these samples."""
+    return frame.filter(~np.isin(as_keys(frame), keys))
+
+
+def content(keys: IntArray, weights: Weights | None) -> str:
+    """Identity of a selection: BLAKE3 of keys and weights."""
+    return blake3(keys.tobytes()).update(b"" if weights is None else weights.tobytes()).hexdigest()
+
+
+def uses(root: Path, trainings: Iterable[tuple[str, int]], keys: IntArray) -> dict[tuple[str, int], int]:
+    """How many of these samples each of the trainings used; only those that used one."""
+    found = {}
+    for run, index in trainings:
+        hits = int(np.isin(as_keys(read_selection(root, run, index)), keys).sum())
+        if hits:
+            found[run, index] = hits
+    return found
