@@ -17,14 +17,14 @@ _FORMATS = (".graphml", ".json", ".mmd")
 
 
 def to_networkx(connection: sa.Connection) -> "nx.MultiDiGraph[str]":
-    """All models as nodes with created_ns, names and tags; edges keyed by kind, with the `runs` that made them."""
+    """All models as nodes with created_ns, and names and tags where they have any; edges keyed by kind, with `runs`."""
     graph: nx.MultiDiGraph[str] = nx.MultiDiGraph()
     rows = connection.execute(sa.select(models.c.id, models.c.created_ns).order_by(models.c.created_ns))
-    graph.add_nodes_from((row[0], {"created_ns": row[1], "names": [], "tags": []}) for row in rows)
+    graph.add_nodes_from((row[0], {"created_ns": row[1]}) for row in rows)
     for name, model in connection.execute(sa.select(names.c.name, names.c.model)):
-        graph.nodes[model]["names"].append(name)
+        graph.nodes[model].setdefault("names", []).append(name)
     for model, tag in connection.execute(sa.select(notes.c.model, notes.c.text).where(notes.c.kind == "tag")):
-        graph.nodes[model]["tags"].append(tag)
+        graph.nodes[model].setdefault("tags", []).append(tag)
     found: dict[tuple[str, str, str], list[str]] = {}
     for parent, child, kind, run in connection.execute(sa.select(edges)):
         found.setdefault((parent, child, kind), []).append(run)
