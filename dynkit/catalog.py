@@ -9,6 +9,7 @@ the tables, because together they are the format. The write-ahead log needs a lo
 """
 
 import os
+import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -154,6 +155,7 @@ names = sa.Table(
     _metadata,
     sa.Column("name", sa.String, primary_key=True),
     sa.Column("model", sa.ForeignKey("models.id"), nullable=False, index=True),
+    sa.Column("changed_ns", sa.BigInteger, nullable=False),
 )
 notes = sa.Table(
     "notes",
@@ -340,6 +342,21 @@ class Catalog:
             if isinstance(error, sa.exc.IntegrityError):
                 raise
             raise StorageError(f"the catalog {self.root / _FILE} cannot be used: {error.orig}") from error
+
+    def scrub(self) -> None:
+        """Write the file anew, so that the bytes of deleted rows are nowhere in it; waits for readers and writers."""
+        raw = self._engine.raw_connection()
+        try:
+            cursor = raw.cursor()
+            cursor.execute("VACUUM")
+            busy, *_ = cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            cursor.close()
+        except sqlite3.Error as error:
+            raise StorageError(f"the catalog {self.root / _FILE} cannot be written anew: {error}") from error
+        finally:
+            raw.close()
+        if busy:
+            raise StorageError(f"somebody is reading the catalog {self.root / _FILE}, so its log keeps deleted rows")
 
     def close(self) -> None:
         """Close all connections; the catalog opens new ones when used again."""

@@ -42,7 +42,7 @@ def planted(ws: dk.Workspace, pairs: list[tuple[int, int]], n: int, kinds: list[
     with ws.catalog.write() as connection:
         ids = list(connection.scalars(sa.select(models.c.id).order_by(models.c.created_ns)))
         for i, model in enumerate(ids):
-            connection.execute(sa.insert(names), {"name": f"m{i}", "model": model})
+            connection.execute(sa.insert(names), {"name": f"m{i}", "model": model, "changed_ns": 0})
         rows = [
             {"parent": ids[a], "child": ids[b], "kind": kind, "run": ""}
             for (a, b), kind in zip(pairs, kinds, strict=True)

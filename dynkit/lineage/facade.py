@@ -7,18 +7,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import cloudpickle
+import numpy as np
 import sqlalchemy as sa
 import torch
 
 from dynkit.catalog import Catalog, names, notes
+from dynkit.data import Dataset, as_keys
 from dynkit.errors import Conflict, InvalidInput
-from dynkit.lineage import export, graph, listing, placing
+from dynkit.lineage import erasure, export, graph, listing, placing
+from dynkit.lineage.erasure import Affected, Erasure, affected_by
 from dynkit.lineage.listing import Card, Log
 from dynkit.lineage.origins import Origin, insert_origin
 from dynkit.lineage.placing import Placement
-from dynkit.lineage.rebuilding import Recipe, Workshop, link, make, put
+from dynkit.lineage.rebuilding import Recipe, Workshop, link, make
+from dynkit.lineage.storing import put
 from dynkit.models import ModelStore, manifest_id, tensor_id
 from dynkit.policies import digest
+from dynkit.time import IntArray
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -247,6 +252,57 @@ class Lineage:
         with self._catalog.write() as connection:
             _note(connection, graph.resolve(connection, model), tags, text)
 
+    # ---- samples ----
+
+    def affected_by(self, keys: Any, *, dataset: str | None = None) -> Affected:
+        """List the models that learned from samples: that were trained on them, or come from one that was.
+
+        Parameters
+        ----------
+        keys : sequence, array or Series of int
+        dataset : str or None
+            Needed when the workspace has more than one.
+        """
+        return affected_by(self._catalog, self._dataset(dataset).name, _checked(keys))
+
+    def erase(self, keys: Any, *, dataset: str | None = None, dry_run: bool = True, drop: bool = False) -> Erasure:
+        """Erase samples from a dataset and from all models that learned from them; make those models anew.
+
+        Parameters
+        ----------
+        keys : sequence, array or Series of int
+        dataset : str or None
+            Needed when the workspace has more than one.
+        dry_run : bool
+            Only say what would be done, and how long it takes.
+        drop : bool
+            Remove affected models that have no recipe, such as those that were brought from elsewhere.
+
+        Returns
+        -------
+        Erasure
+            The plan; or what was done, and that nothing is left.
+
+        Raises
+        ------
+        Conflict
+            When a run on the dataset is going, or models would have to be dropped.
+        """
+        found = self.affected_by(keys, dataset=dataset)
+        planned = erasure.plan(self._catalog, self._workshop, found)
+        if dry_run:
+            return planned
+        opened = self._dataset(dataset)
+        return erasure.erase(self._catalog, self._store, self._workshop, opened, planned, drop=drop)
+
+    def _dataset(self, name: str | None) -> Dataset:
+        known = Dataset.names(self._catalog)
+        if name is None and len(known) != 1:
+            raise InvalidInput(
+                f"the workspace has {len(known)} datasets; say which: dataset=, one of {', '.join(known)}"
+            )
+        return Dataset(self._catalog, known[0] if name is None else name)
+
     # ---- where a model belongs ----
 
     def place(self, model: Model, limit: int = 5) -> Placement:
@@ -263,6 +319,13 @@ class Lineage:
         identity = manifest_id({key: tensor_id(tensor) for key, tensor in state.items()})
         with self._catalog.read() as connection:
             return placing.place(connection, state, limit, identity)
+
+
+def _checked(keys: Any) -> IntArray:
+    checked = np.unique(as_keys(keys))
+    if not len(checked):
+        raise InvalidInput("no keys; give those of the samples, such as dataset.keys()[:10]")
+    return checked
 
 
 def _state_of(model: Any) -> Mapping[str, torch.Tensor]:
@@ -293,9 +356,9 @@ def _point(connection: sa.Connection, name: str, model: str, *, expected: str | 
         hint = "" if now is None else f"; move it with name(model, {name!r}, instead_of={now[:12]!r})"
         raise Conflict(f"the name {name!r} {what}{hint}")
     if now is None:
-        connection.execute(sa.insert(names), {"name": name, "model": model})
+        connection.execute(sa.insert(names), {"name": name, "model": model, "changed_ns": time.time_ns()})
     else:
-        connection.execute(sa.update(names).where(names.c.name == name).values(model=model))
+        connection.execute(sa.update(names).where(names.c.name == name).values(model=model, changed_ns=time.time_ns()))
 
 
 def _note(connection: sa.Connection, model: str, tags: Iterable[str], note: str | None) -> None:

@@ -22,11 +22,12 @@ from dynkit.errors import InvalidInput, NotFound
 from dynkit.lineage.merging import merged
 from dynkit.lineage.origins import Origin
 from dynkit.lineage.samples import content, read_selection, split, without
+from dynkit.lineage.storing import put
 from dynkit.models import ModelStore
 from dynkit.time import IntArray
 from dynkit.types import Window
 
-__all__ = ["Built", "Recipe", "Workshop", "link", "make", "put", "version_of"]
+__all__ = ["Built", "Recipe", "Workshop", "link", "make", "version_of"]
 
 State = dict[str, torch.Tensor]
 
@@ -63,13 +64,6 @@ class Built:
     samples: int
     seconds: float
     details: dict[str, Any]
-
-
-def put(
-    store: ModelStore, state: Mapping[str, Any], also: Callable[[sa.Connection, str], None], parents: Iterable[str] = ()
-) -> str:
-    """Store a model; the one place where lineage writes tensors. The store may use `parents` to save space."""
-    return store.add(state, also)
 
 
 def link(connection: sa.Connection, kind: str, parents: Iterable[str], child: str, run: str = "") -> None:

@@ -18,7 +18,7 @@ from dynkit.disk import flush
 from dynkit.errors import StorageError
 from dynkit.time import IntArray
 
-__all__ = ["content", "read_selection", "remove_selection", "split", "uses", "without", "write_selection"]
+__all__ = ["content", "read_selection", "rewrite_selections", "split", "uses", "without", "write_selection"]
 
 Weights = np.ndarray[Any, Any]
 
@@ -49,11 +49,6 @@ def read_selection(root: Path, run: str, index: int) -> pl.DataFrame:
         raise StorageError(f"the selection {path} cannot be read: {error}") from error
 
 
-def remove_selection(root: Path, run: str, index: int) -> None:
-    """Delete what a trigger selected."""
-    _path(root, run, index).unlink(missing_ok=True)
-
-
 def _path(root: Path, run: str, index: int) -> Path:
     return root / "runs" / run / "selections" / f"{index:06d}.arrow"
 
@@ -82,3 +77,16 @@ def uses(root: Path, trainings: Iterable[tuple[str, int]], keys: IntArray) -> di
         if hits:
             found[run, index] = hits
     return found
+
+
+def rewrite_selections(root: Path, runs: Iterable[str], keys: IntArray) -> None:
+    """Take samples out of the selections of runs, also out of those that an interrupted training left."""
+    for run in runs:
+        for path in sorted((root / "runs" / run / "selections").glob("*.arrow")):
+            index = int(path.stem)
+            frame = read_selection(root, run, index)
+            left = without(frame, keys)
+            if not left.height:
+                path.unlink()
+            elif left.height < frame.height:
+                write_selection(root, run, index, *split(left))

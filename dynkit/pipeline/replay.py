@@ -18,7 +18,7 @@ import numpy as np
 import polars as pl
 
 from dynkit.data import as_keys, in_split
-from dynkit.errors import InvalidInput, PolicyError
+from dynkit.errors import Conflict, InvalidInput, PolicyError
 from dynkit.evaluation import evaluate
 from dynkit.lineage.samples import content, write_selection
 from dynkit.pipeline.owner import Owner
@@ -94,7 +94,8 @@ class _Loop:
         """Return where to go on, and the trigger as it was there."""
         if not self.owner.committed:
             return 0, copy.deepcopy(self.pipeline.trigger)  # a policy may change itself; the pipeline may not
-        assert self.owner.state is not None, "a committed trigger has its policies' state"
+        if self.owner.state is None:
+            raise Conflict("samples of the run were erased, and its policies' state with them; start the pipeline anew")
         trigger, self.selection = map(pickle.loads, pickle.loads(self.owner.state))
         block_start = self._begin = self.owner.block_starts[-1]
         earlier = zip(self.owner.committed, self.owner.block_starts, strict=True)
