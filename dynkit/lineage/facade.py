@@ -14,13 +14,16 @@ import torch
 from dynkit.catalog import Catalog, names, notes
 from dynkit.data import Dataset, as_keys
 from dynkit.errors import Conflict, InvalidInput
-from dynkit.lineage import erasure, export, graph, listing, placing
+from dynkit.lineage import bisection, erasure, export, graph, listing, placing, testing
+from dynkit.lineage.bisection import Bisection
+from dynkit.lineage.blaming import Blame, blamed
 from dynkit.lineage.erasure import Affected, Erasure, affected_by
 from dynkit.lineage.listing import Card, Log
 from dynkit.lineage.origins import Origin, insert_origin
 from dynkit.lineage.placing import Placement
 from dynkit.lineage.rebuilding import Recipe, Workshop, link, make
 from dynkit.lineage.storing import put
+from dynkit.lineage.testing import ModelTest, TestReport
 from dynkit.models import ModelStore, manifest_id, tensor_id
 from dynkit.policies import digest
 from dynkit.time import IntArray
@@ -251,6 +254,114 @@ class Lineage:
         """Write a note or tags on a model."""
         with self._catalog.write() as connection:
             _note(connection, graph.resolve(connection, model), tags, text)
+
+    # ---- tests ----
+
+    def register(
+        self,
+        function: Callable[..., Any],
+        *,
+        name: str | None = None,
+        models: Iterable[str] = (),
+        pattern: str | None = None,
+        tag: str | None = None,
+        dataset: str | None = None,
+        at_least: float | None = None,
+    ) -> None:
+        """Keep a test of models; it applies where one of `models`, `pattern` and `tag` does, without them everywhere.
+
+        Parameters
+        ----------
+        function : callable
+            ``(state) -> bool | number | None``, with a dataset ``(state, dataset)``; None: it cannot tell.
+        name : str or None
+            None takes the function's. An earlier test of this name is replaced.
+        models : iterable of str
+        pattern : str or None
+            Of names of models, such as ``"sentiment-*"``.
+        tag : str or None
+        dataset : str or None
+            Results are remembered for each of its versions.
+        at_least : float or None
+            A number passes from here on.
+        """
+        chosen = tuple(self.resolve(model) for model in models)
+        options = {"pattern": pattern, "tag": tag, "dataset": dataset, "at_least": at_least}
+        test = testing.as_test(function, name, models=chosen, **options)
+        with self._catalog.write() as connection:
+            testing.register(connection, test)
+
+    def test(self, models: str | Iterable[str] | None = None, tests: str | Iterable[str] | None = None) -> TestReport:
+        """Run tests; what is known for the same model, code and data is not run again.
+
+        Parameters
+        ----------
+        models : str, iterable of str or None
+            For example ``ws.lineage.descendants(model)``; None: all.
+        tests : str, iterable of str or None
+            Names of tests, run on all of the models; None: those that apply to each.
+        """
+        with self._catalog.read() as connection:
+            if models is None:
+                chosen = [entry.model for entry in reversed(listing.log(connection, None).entries)]
+            else:
+                given = [models] if isinstance(models, str) else models
+                found = {graph.resolve(connection, model) for model in given}
+                chosen = graph.in_order(connection, found)
+            if tests is None:
+                pairs = testing.covering(connection, chosen, testing.registered(connection))
+            else:
+                wanted = testing.registered(connection, [tests] if isinstance(tests, str) else list(tests))
+                pairs = [(model, test) for model in chosen for test in wanted]
+        return TestReport(tuple(testing.run(self._catalog, self._store, test, model) for model, test in pairs))
+
+    def bisect(self, test: str | Callable[..., Any], good: str | Iterable[str], bad: str) -> Bisection:
+        """Find the first model that fails between good ones and a bad one, with as few tests as git would need.
+
+        Parameters
+        ----------
+        test : str or callable
+            Name of a test, or a function as in `register`. Where it cannot tell, another model is tested.
+        good : str or iterable of str
+            Models known to pass; an empty list: all that `bad` comes from is suspected.
+        bad : str
+            A model known to fail.
+        """
+        chosen = self._test(test)
+        with self._catalog.read() as connection:
+            passing = {graph.resolve(connection, one) for one in ([good] if isinstance(good, str) else good)}
+            failing = graph.resolve(connection, bad)
+            above = {failing, *graph.reachable(connection, [failing], up=True, kinds=graph.KINDS)}
+            above |= passing | graph.reachable(connection, passing, up=True, kinds=graph.KINDS)
+            pairs = graph.all_edges(connection, within=above)
+            searched = graph.acyclic(pairs, graph.ages(connection, above))
+        return bisection.bisect(
+            searched, passing, failing, lambda model: testing.run(self._catalog, self._store, chosen, model).passed
+        )
+
+    def blame(self, test: str | Callable[..., Any], model: str, *, trainings: int = 20) -> Blame:
+        """Find out why a model fails: which parent brought it along, or which samples.
+
+        The model is trained again without its new samples, then without half of those, and so on.
+
+        Parameters
+        ----------
+        test : str or callable
+            As in `bisect`.
+        model : str
+            That fails, such as the first one that `bisect` found.
+        trainings : int
+            How often to train at most.
+        """
+        chosen = self._test(test)
+        failing = self.resolve(model)
+        return blamed(self._catalog, self._store, self._workshop, chosen, failing, trainings)
+
+    def _test(self, test: str | Callable[..., Any]) -> ModelTest:
+        if not isinstance(test, str):
+            return testing.as_test(test)
+        with self._catalog.read() as connection:
+            return testing.registered(connection, [test])[0]
 
     # ---- samples ----
 

@@ -166,14 +166,17 @@ class Workshop:
             state = make(bytes(code or b""), states)
         return self._remember(identity, parents, state, Built("", "", 0, time.perf_counter() - started_s, {}))
 
-    def _trained(self, identity: str, origin: Origin, parents: tuple[str, ...], keys: IntArray, weights: Any) -> Built:
-        """Train as the run did."""
+    def train(self, origin: Origin, parents: tuple[str, ...], keys: IntArray, weights: Any) -> Any:
+        """Train as the run did; the outcome is not stored."""
         assert origin.run is not None and origin.index is not None
         assert origin.dataset is not None and origin.dataset_version is not None
-        started_s = time.perf_counter()
         version = version_of(Dataset(self._catalog, origin.dataset), origin.dataset_version).open()
         parent = self._store.load(parents[0]) if parents else None
-        outcome = self.recipe(origin.run).train(origin.index, version, keys, weights, parent)
+        return self.recipe(origin.run).train(origin.index, version, keys, weights, parent)
+
+    def _trained(self, identity: str, origin: Origin, parents: tuple[str, ...], keys: IntArray, weights: Any) -> Built:
+        started_s = time.perf_counter()
+        outcome = self.train(origin, parents, keys, weights)
         details = {"samples_passed": outcome.passed, "report": outcome.history}
         built = Built("", content(keys, weights), len(keys), time.perf_counter() - started_s, details)
         return self._remember(identity, parents, outcome.state, built)
