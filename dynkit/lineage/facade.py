@@ -1,7 +1,7 @@
 """A Lineage is what a workspace knows about its models; each method opens the catalog and asks one module."""
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,9 +14,10 @@ import torch
 from dynkit.catalog import Catalog, names, notes
 from dynkit.data import Dataset, as_keys
 from dynkit.errors import Conflict, InvalidInput
-from dynkit.lineage import bisection, erasure, export, graph, listing, placing, testing
+from dynkit.lineage import bisection, cascade, erasure, export, graph, listing, placing, testing
 from dynkit.lineage.bisection import Bisection
 from dynkit.lineage.blaming import Blame, blamed
+from dynkit.lineage.cascade import Cascade
 from dynkit.lineage.erasure import Affected, Erasure, affected_by
 from dynkit.lineage.listing import Card, Log
 from dynkit.lineage.origins import Origin, insert_origin
@@ -362,6 +363,39 @@ class Lineage:
             return testing.as_test(test)
         with self._catalog.read() as connection:
             return testing.registered(connection, [test])[0]
+
+    # ---- updates ----
+
+    def cascade(
+        self,
+        old: str,
+        new: str,
+        *,
+        dry_run: bool = True,
+        skip: Collection[str] | Callable[[str], bool] = (),
+        stop_on_failure: bool = True,
+    ) -> Cascade:
+        """Make all that comes from a model anew, from its new version; the old models stay, as earlier versions.
+
+        Names move to the new versions that pass the tests of the old ones.
+
+        Parameters
+        ----------
+        old, new : str
+        dry_run : bool
+            Only say what would be done, and how long it takes.
+        skip : collection of str or callable
+            Models not to rebuild; what comes from nothing else stays, too.
+        stop_on_failure : bool
+            Do not go on from a new version that fails its tests.
+        """
+        with self._catalog.read() as connection:
+            before, after = graph.resolve(connection, old), graph.resolve(connection, new)
+            left_out = skip if callable(skip) else {graph.resolve(connection, model) for model in skip}
+            planned = cascade.plan(connection, self._workshop, before, after, left_out)
+        if dry_run:
+            return planned
+        return cascade.carry_out(self._catalog, self._store, self._workshop, planned, stop_on_failure=stop_on_failure)
 
     # ---- samples ----
 
