@@ -17,9 +17,10 @@ import sqlalchemy as sa
 from dynkit import catalog as tables
 from dynkit import html
 from dynkit.catalog import Catalog
-from dynkit.errors import Conflict, NotFound, StorageError, WaitTimeout, did_you_mean
+from dynkit.errors import Conflict, NotFound, WaitTimeout, did_you_mean
 from dynkit.evaluation.composite import CompositeKind, composite, mean_scores
 from dynkit.evaluation.transfer import transfer
+from dynkit.lineage.samples import read_selection
 from dynkit.pipeline.owner import trained_of
 from dynkit.pipeline.process import ACTIVE, identity, true_status
 from dynkit.pipeline.scores import read_scores
@@ -178,13 +179,10 @@ class Run:
         ------
         NotFound
         """
-        path = self.folder / "selections" / f"{index:06d}.arrow"
-        if not 0 <= index < len(self.trained):
-            raise NotFound(f"run {self.id} has no trigger {index}; it has {len(self.trained)}")
-        try:
-            return pl.read_ipc(path)
-        except (OSError, pl.exceptions.PolarsError) as error:
-            raise StorageError(f"the selection {path} cannot be read: {error}") from error
+        indexes = [one.index for one in self.trained]
+        if index not in indexes:
+            raise NotFound(f"run {self.id} has no trigger {index}; it has {len(indexes)}")
+        return read_selection(self._catalog.root, self.id, index)
 
     def matrix(self, slice: str = "") -> pl.DataFrame:
         """Scores of all models in all windows: window_start, window_end, model, metric, value.

@@ -1,0 +1,515 @@
+"""A Lineage is what a workspace knows about its models; each method opens the catalog and asks one module."""
+
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import cloudpickle
+import numpy as np
+import sqlalchemy as sa
+import torch
+
+from dynkit.catalog import Catalog, names, notes
+from dynkit.data import Dataset, as_keys
+from dynkit.errors import Conflict, InvalidInput
+from dynkit.lineage import bisection, cascade, erasure, export, graph, listing, placing, testing
+from dynkit.lineage.bisection import Bisection
+from dynkit.lineage.blaming import Blame, blamed
+from dynkit.lineage.cascade import Cascade
+from dynkit.lineage.erasure import Affected, Erasure, affected_by
+from dynkit.lineage.listing import Card, Log
+from dynkit.lineage.origins import Origin, insert_origin
+from dynkit.lineage.placing import Placement
+from dynkit.lineage.rebuilding import Recipe, Workshop, link, make
+from dynkit.lineage.storing import put
+from dynkit.lineage.testing import ModelTest, TestReport
+from dynkit.models import ModelStore, manifest_id, tensor_id
+from dynkit.policies import digest
+from dynkit.time import IntArray
+
+if TYPE_CHECKING:
+    import networkx as nx
+
+__all__ = ["Lineage"]
+
+Model = torch.nn.Module | Mapping[str, torch.Tensor] | str | Path
+
+
+class Lineage:
+    """The graph of a workspace's models; opened as ``ws.lineage``.
+
+    A model is given by its identity, a beginning of it that fits only one, or its name.
+
+    Parameters
+    ----------
+    catalog : Catalog
+    store : ModelStore
+    recipe : callable
+        Gives the `Recipe` of a run, to train models anew.
+
+    Examples
+    --------
+    >>> import dynkit as dk, tempfile, torch
+    >>> ws = dk.Workspace(tempfile.mkdtemp())
+    >>> base = ws.lineage.add({"w": torch.randn(64, 64)}, name="base")
+    >>> child = ws.lineage.add(lambda state: {"w": state["w"] + 0.01}, parents=["base"], how="shifted")
+    >>> ws.lineage.ancestors(child) == {base}
+    True
+    >>> ws.lineage.place(ws.models.load(child))[0].model in {base, child}
+    True
+    """
+
+    def __init__(self, catalog: Catalog, store: ModelStore, recipe: Callable[[str], Recipe]) -> None:
+        self._catalog = catalog
+        self._store = store
+        self._workshop = Workshop(catalog, store, recipe)
+
+    def __repr__(self) -> str:
+        return repr(self.log(20))
+
+    def _repr_html_(self) -> str:
+        return self.log(20)._repr_html_()
+
+    # ---- the graph ----
+
+    def ancestors(self, model: str) -> set[str]:
+        """Models that `model` was made from, directly or through others."""
+        return self._reachable(model, up=True)
+
+    def descendants(self, model: str) -> set[str]:
+        """Models made from `model`, directly or through others."""
+        return self._reachable(model, up=False)
+
+    def _reachable(self, model: str, *, up: bool) -> set[str]:
+        with self._catalog.read() as connection:
+            found = graph.resolve(connection, model)
+            return graph.reachable(connection, [found], up=up) - {found}
+
+    def versions(self, model: str) -> list[str]:
+        """Versions of a model, itself included, oldest first."""
+        with self._catalog.read() as connection:
+            return graph.versions(connection, graph.resolve(connection, model))
+
+    def common_ancestor(self, a: str, b: str) -> str | None:
+        """Return the newest model that both come from, if any; one of the two counts."""
+        with self._catalog.read() as connection:
+            return graph.common_ancestor(connection, graph.resolve(connection, a), graph.resolve(connection, b))
+
+    def resolve(self, model: str) -> str:
+        """Return the identity of a model.
+
+        Raises
+        ------
+        NotFound
+        """
+        with self._catalog.read() as connection:
+            return graph.resolve(connection, model)
+
+    # ---- what is there ----
+
+    def log(self, limit: int | None = 50) -> Log:
+        """List the newest models; None: all."""
+        with self._catalog.read() as connection:
+            return listing.log(connection, limit)
+
+    def show(self, model: str) -> Card:
+        """Return all that is known of a model: where it comes from, samples, recipe, seed, code, metrics, tests."""
+        with self._catalog.read() as connection:
+            return listing.card(connection, self._catalog.root, graph.resolve(connection, model))
+
+    def search(
+        self, text: str | None = None, *, tag: str | None = None, run: str | None = None, dataset: str | None = None
+    ) -> Log:
+        """List the models for which all of this holds.
+
+        Parameters
+        ----------
+        text : str or None
+            In a name, a tag or a note, or the beginning of the identity.
+        tag : str or None
+        run : str or None
+            Id or name of the run that trained it.
+        dataset : str or None
+            That it was trained on.
+        """
+        with self._catalog.read() as connection:
+            return listing.search(connection, text, tag, run, dataset)
+
+    def to_networkx(self) -> "nx.MultiDiGraph[str]":
+        """All models as nodes; edges keyed by kind, with the `runs` that made them."""
+        with self._catalog.read() as connection:
+            return export.to_networkx(connection)
+
+    def save(self, path: str | Path) -> None:
+        """Write the graph as GraphML (``.graphml``), JSON (``.json``) or a Mermaid chart (``.mmd``)."""
+        export.save(self.to_networkx(), Path(path))
+
+    # ---- what people add ----
+
+    def add(
+        self,
+        model: Model | Callable[..., Any],
+        *,
+        parents: Sequence[str] = (),
+        version_of: str | None = None,
+        how: str = "added",
+        name: str | None = None,
+        tags: Iterable[str] = (),
+        note: str | None = None,
+    ) -> str:
+        """Store a model that no run trained, and its place in the graph.
+
+        Parameters
+        ----------
+        model : nn.Module, mapping of name to tensor, path of a safetensors file, or callable
+            A function of the parents' states that returns a module or a state: it is called now, and again when a
+            parent is updated.
+        parents : sequence of str
+            Models it was made from.
+        version_of : str or None
+            The model that it is the next version of.
+        how : str
+            How it was made, for people.
+        name : str or None
+            Must be free, or already name this model.
+        tags : iterable of str
+        note : str or None
+
+        Returns
+        -------
+        str
+            Its identity.
+
+        Raises
+        ------
+        InvalidInput, NotFound, Conflict
+        """
+        parents = [self.resolve(parent) for parent in parents]
+        before = [] if version_of is None else [self.resolve(version_of)]
+        code = None
+        started_s = time.perf_counter()
+        made = callable(model) and not isinstance(model, torch.nn.Module)
+        if made:
+            code = bytes(cloudpickle.dumps(model))
+            state: Mapping[str, torch.Tensor] = make(code, [self._store.load(parent) for parent in parents])
+        else:
+            state = _state_of(model)
+        origin = Origin(
+            model="",
+            how="made" if made else "added",
+            parents=tuple(parents),
+            recipe={"how": how},
+            digest=digest(model) if made else "",
+            seconds=time.perf_counter() - started_s,
+            created_ns=time.time_ns(),
+        )
+        return self._commit(state, origin, code=code, before=before, name=name, tags=tags, note=note)
+
+    def _commit(
+        self,
+        state: Mapping[str, torch.Tensor],
+        origin: Origin,
+        *,
+        code: bytes | None = None,
+        before: Sequence[str] = (),
+        name: str | None = None,
+        tags: Iterable[str] = (),
+        note: str | None = None,
+    ) -> str:
+        """Store a model with its origin, edges, name and notes, at once."""
+        tags = list(tags)
+
+        def also(connection: sa.Connection, model: str) -> None:
+            link(connection, "derived", origin.parents, model)
+            link(connection, "version", before, model)
+            insert_origin(connection, replace(origin, model=model), code)
+            manifest = {key: tensor_id(tensor) for key, tensor in state.items()}
+            placing.index(connection, model, state, manifest)
+            if name is not None:
+                _point(connection, name, model, expected=None)
+            _note(connection, model, tags, note)
+
+        return put(self._store, state, also, origin.parents)
+
+    def name(self, model: str, name: str, *, instead_of: str | None = None) -> None:
+        """Give a model a name, or move a name to it.
+
+        Parameters
+        ----------
+        model, name : str
+        instead_of : str or None
+            The model that has the name now: it moves only if that is still so. None: the name must be free.
+
+        Raises
+        ------
+        Conflict
+            When somebody else was quicker.
+        """
+        with self._catalog.write() as connection:
+            expected = None if instead_of is None else graph.resolve(connection, instead_of)
+            _point(connection, name, graph.resolve(connection, model), expected=expected)
+
+    def note(self, model: str, text: str | None = None, *, tags: Iterable[str] = ()) -> None:
+        """Write a note or tags on a model."""
+        with self._catalog.write() as connection:
+            _note(connection, graph.resolve(connection, model), tags, text)
+
+    # ---- tests ----
+
+    def register(
+        self,
+        function: Callable[..., Any],
+        *,
+        name: str | None = None,
+        models: Iterable[str] = (),
+        pattern: str | None = None,
+        tag: str | None = None,
+        dataset: str | None = None,
+        at_least: float | None = None,
+    ) -> None:
+        """Keep a test of models; it applies where one of `models`, `pattern` and `tag` does, without them everywhere.
+
+        Parameters
+        ----------
+        function : callable
+            ``(state) -> bool | number | None``, with a dataset ``(state, dataset)``; None: it cannot tell.
+        name : str or None
+            None takes the function's. An earlier test of this name is replaced.
+        models : iterable of str
+        pattern : str or None
+            Of names of models, such as ``"sentiment-*"``.
+        tag : str or None
+        dataset : str or None
+            Results are remembered for each of its versions.
+        at_least : float or None
+            A number passes from here on.
+        """
+        chosen = tuple(self.resolve(model) for model in models)
+        options = {"pattern": pattern, "tag": tag, "dataset": dataset, "at_least": at_least}
+        test = testing.as_test(function, name, models=chosen, **options)
+        with self._catalog.write() as connection:
+            testing.register(connection, test)
+
+    def test(self, models: str | Iterable[str] | None = None, tests: str | Iterable[str] | None = None) -> TestReport:
+        """Run tests; what is known for the same model, code and data is not run again.
+
+        Parameters
+        ----------
+        models : str, iterable of str or None
+            For example ``ws.lineage.descendants(model)``; None: all.
+        tests : str, iterable of str or None
+            Names of tests, run on all of the models; None: those that apply to each.
+        """
+        with self._catalog.read() as connection:
+            if models is None:
+                chosen = [entry.model for entry in reversed(listing.log(connection, None).entries)]
+            else:
+                given = [models] if isinstance(models, str) else models
+                found = {graph.resolve(connection, model) for model in given}
+                chosen = graph.in_order(connection, found)
+            if tests is None:
+                pairs = testing.covering(connection, chosen, testing.registered(connection))
+            else:
+                wanted = testing.registered(connection, [tests] if isinstance(tests, str) else list(tests))
+                pairs = [(model, test) for model in chosen for test in wanted]
+        return TestReport(tuple(testing.run(self._catalog, self._store, test, model) for model, test in pairs))
+
+    def bisect(self, test: str | Callable[..., Any], good: str | Iterable[str], bad: str) -> Bisection:
+        """Find the first model that fails between good ones and a bad one, with as few tests as git would need.
+
+        Parameters
+        ----------
+        test : str or callable
+            Name of a test, or a function as in `register`. Where it cannot tell, another model is tested.
+        good : str or iterable of str
+            Models known to pass; an empty list: all that `bad` comes from is suspected.
+        bad : str
+            A model known to fail.
+        """
+        chosen = self._test(test)
+        with self._catalog.read() as connection:
+            passing = {graph.resolve(connection, one) for one in ([good] if isinstance(good, str) else good)}
+            failing = graph.resolve(connection, bad)
+            above = {failing, *graph.reachable(connection, [failing], up=True, kinds=graph.KINDS)}
+            above |= passing | graph.reachable(connection, passing, up=True, kinds=graph.KINDS)
+            pairs = graph.all_edges(connection, within=above)
+            searched = graph.acyclic(pairs, graph.ages(connection, above))
+        return bisection.bisect(
+            searched, passing, failing, lambda model: testing.run(self._catalog, self._store, chosen, model).passed
+        )
+
+    def blame(self, test: str | Callable[..., Any], model: str, *, trainings: int = 20) -> Blame:
+        """Find out why a model fails: which parent brought it along, or which samples.
+
+        The model is trained again without its new samples, then without half of those, and so on.
+
+        Parameters
+        ----------
+        test : str or callable
+            As in `bisect`.
+        model : str
+            That fails, such as the first one that `bisect` found.
+        trainings : int
+            How often to train at most.
+        """
+        chosen = self._test(test)
+        failing = self.resolve(model)
+        return blamed(self._catalog, self._store, self._workshop, chosen, failing, trainings)
+
+    def _test(self, test: str | Callable[..., Any]) -> ModelTest:
+        if not isinstance(test, str):
+            return testing.as_test(test)
+        with self._catalog.read() as connection:
+            return testing.registered(connection, [test])[0]
+
+    # ---- updates ----
+
+    def cascade(
+        self,
+        old: str,
+        new: str,
+        *,
+        dry_run: bool = True,
+        skip: Collection[str] | Callable[[str], bool] = (),
+        stop_on_failure: bool = True,
+    ) -> Cascade:
+        """Make all that comes from a model anew, from its new version; the old models stay, as earlier versions.
+
+        Names move to the new versions that pass the tests of the old ones.
+
+        Parameters
+        ----------
+        old, new : str
+        dry_run : bool
+            Only say what would be done, and how long it takes.
+        skip : collection of str or callable
+            Models not to rebuild; what comes from nothing else stays, too.
+        stop_on_failure : bool
+            Do not go on from a new version that fails its tests.
+        """
+        with self._catalog.read() as connection:
+            before, after = graph.resolve(connection, old), graph.resolve(connection, new)
+            left_out = skip if callable(skip) else {graph.resolve(connection, model) for model in skip}
+            planned = cascade.plan(connection, self._workshop, before, after, left_out)
+        if dry_run:
+            return planned
+        return cascade.carry_out(self._catalog, self._store, self._workshop, planned, stop_on_failure=stop_on_failure)
+
+    # ---- samples ----
+
+    def affected_by(self, keys: Any, *, dataset: str | None = None) -> Affected:
+        """List the models that learned from samples: that were trained on them, or come from one that was.
+
+        Parameters
+        ----------
+        keys : sequence, array or Series of int
+        dataset : str or None
+            Needed when the workspace has more than one.
+        """
+        return affected_by(self._catalog, self._dataset(dataset).name, _checked(keys))
+
+    def erase(self, keys: Any, *, dataset: str | None = None, dry_run: bool = True, drop: bool = False) -> Erasure:
+        """Erase samples from a dataset and from all models that learned from them; make those models anew.
+
+        Parameters
+        ----------
+        keys : sequence, array or Series of int
+        dataset : str or None
+            Needed when the workspace has more than one.
+        dry_run : bool
+            Only say what would be done, and how long it takes.
+        drop : bool
+            Remove affected models that have no recipe, such as those that were brought from elsewhere.
+
+        Returns
+        -------
+        Erasure
+            The plan; or what was done, and that nothing is left.
+
+        Raises
+        ------
+        Conflict
+            When a run on the dataset is going, or models would have to be dropped.
+        """
+        found = self.affected_by(keys, dataset=dataset)
+        planned = erasure.plan(self._catalog, self._workshop, found)
+        if dry_run:
+            return planned
+        opened = self._dataset(dataset)
+        return erasure.erase(self._catalog, self._store, self._workshop, opened, planned, drop=drop)
+
+    def _dataset(self, name: str | None) -> Dataset:
+        known = Dataset.names(self._catalog)
+        if name is None and len(known) != 1:
+            raise InvalidInput(
+                f"the workspace has {len(known)} datasets; say which: dataset=, one of {', '.join(known)}"
+            )
+        return Dataset(self._catalog, known[0] if name is None else name)
+
+    # ---- where a model belongs ----
+
+    def place(self, model: Model, limit: int = 5) -> Placement:
+        """Find the stored models that a model of unknown origin may come from, the most likely first.
+
+        Parameters
+        ----------
+        model : nn.Module, mapping of name to tensor, or path of a safetensors file
+        limit : int
+            Most candidates to return.
+        """
+        state = _state_of(model)
+        placing.catch_up(self._catalog, self._store)
+        identity = manifest_id({key: tensor_id(tensor) for key, tensor in state.items()})
+        with self._catalog.read() as connection:
+            return placing.place(connection, state, limit, identity)
+
+
+def _checked(keys: Any) -> IntArray:
+    checked = np.unique(as_keys(keys))
+    if not len(checked):
+        raise InvalidInput("no keys; give those of the samples, such as dataset.keys()[:10]")
+    return checked
+
+
+def _state_of(model: Any) -> Mapping[str, torch.Tensor]:
+    """Return the tensors of what a user has."""
+    if isinstance(model, torch.nn.Module):
+        return model.state_dict()
+    if isinstance(model, Mapping):
+        return model
+    if isinstance(model, str | Path) and Path(model).suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            state: dict[str, torch.Tensor] = load_file(model)
+        except (OSError, SafetensorError) as error:
+            raise InvalidInput(f"{model} cannot be read: {error}") from None
+        return state
+    raise InvalidInput(f"{model!r:.80} is no model; pass an nn.Module, a state dict or the path of a .safetensors file")
+
+
+def _point(connection: sa.Connection, name: str, model: str, *, expected: str | None) -> None:
+    """Let a name mean a model, if it means `expected` now (None: nothing, or the model already)."""
+    now = connection.scalar(sa.select(names.c.model).where(names.c.name == name))
+    if now == model:
+        return
+    if now != expected:
+        what = "is free" if now is None else f"names model {now[:12]}"
+        hint = "" if now is None else f"; move it with name(model, {name!r}, instead_of={now[:12]!r})"
+        raise Conflict(f"the name {name!r} {what}{hint}")
+    if now is None:
+        connection.execute(sa.insert(names), {"name": name, "model": model, "changed_ns": time.time_ns()})
+    else:
+        connection.execute(sa.update(names).where(names.c.name == name).values(model=model, changed_ns=time.time_ns()))
+
+
+def _note(connection: sa.Connection, model: str, tags: Iterable[str], note: str | None) -> None:
+    if isinstance(tags, str):
+        raise InvalidInput(f"tags={tags!r} must be a list of text: tags=[{tags!r}]")
+    texts = [*(("tag", tag) for tag in tags), *([("note", note)] if note else [])]
+    rows = [{"model": model, "kind": kind, "text": text, "created_ns": time.time_ns()} for kind, text in texts]
+    if rows:
+        connection.execute(sa.insert(notes).prefix_with("OR IGNORE"), rows)
