@@ -25,11 +25,12 @@ import numpy as np
 import polars as pl
 
 from dynkit.errors import InvalidInput, did_you_mean
+from dynkit.evaluation.metrics import NAMES, higher_is_better
 from dynkit.types import Trained
 
 __all__ = ["transfer"]
 
-_ERRORS = ("rmse", "mae")
+_ERRORS = tuple(name for name, metric in NAMES.items() if not higher_is_better(metric()))
 _SCHEMA = {
     "index": pl.Int64,
     "model": pl.String,
