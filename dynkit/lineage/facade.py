@@ -14,13 +14,28 @@ import torch
 from dynkit.catalog import Catalog, names, notes
 from dynkit.data import Dataset, as_keys
 from dynkit.errors import Conflict, InvalidInput
-from dynkit.lineage import bisection, cascade, erasure, export, graph, listing, placing, testing
+from dynkit.lineage import (
+    bisection,
+    cascade,
+    diff,
+    erasure,
+    export,
+    graph,
+    listing,
+    merging,
+    placing,
+    structure,
+    testing,
+)
 from dynkit.lineage.bisection import Bisection
 from dynkit.lineage.blaming import Blame, blamed
 from dynkit.lineage.cascade import Cascade
+from dynkit.lineage.diff import ModelDiff
 from dynkit.lineage.erasure import Affected, Erasure, affected_by
 from dynkit.lineage.listing import Card, Log
-from dynkit.lineage.origins import Origin, insert_origin
+from dynkit.lineage.merging import Merge
+from dynkit.lineage.operators import Layers, Mean, Operator, merged, recipe_of
+from dynkit.lineage.origins import Origin, insert_origin, origins_of
 from dynkit.lineage.placing import Placement
 from dynkit.lineage.rebuilding import Recipe, Workshop, link, make
 from dynkit.lineage.storing import put
@@ -363,6 +378,104 @@ class Lineage:
             return testing.as_test(test)
         with self._catalog.read() as connection:
             return testing.registered(connection, [test])[0]
+
+    # ---- differences and merges ----
+
+    def diff(self, a: str, b: str, *, modules: tuple[torch.nn.Module, torch.nn.Module] | None = None) -> ModelDiff:
+        """Compare two models: tensors, scores and, where their modules are given, structure.
+
+        Parameters
+        ----------
+        a, b : str
+        modules : pair of nn.Module or None
+            Of `a` and `b`, for the structure; their weights do not matter.
+        """
+        with self._catalog.read() as connection:
+            first, second = graph.resolve(connection, a), graph.resolve(connection, b)
+            scores = diff.scores_of(connection, first, second)
+        tensors = diff.diff_tensors(self._store.load(first), self._store.load(second))
+        flows = None if modules is None else [structure.flow(module) for module in modules]
+        layers = None if flows is None else structure.diff_structure(*flows)
+        return ModelDiff(first, second, tensors, scores, layers)
+
+    def merge(
+        self,
+        a: str,
+        b: str,
+        *more: str,
+        operator: Operator | None = None,
+        module: torch.nn.Module | None = None,
+        name: str | None = None,
+    ) -> Merge:
+        """Merge models that come from one; store the result when there is no conflict.
+
+        Parameters
+        ----------
+        a, b, *more : str
+        operator : Mean, TaskArithmetic, Ties or None
+            None takes each layer from the side that changed it, if there is no conflict; two models only.
+        module : nn.Module or None
+            Tells how data flows between layers; None: the run's, if one made the common ancestor, else the layers count
+            as a chain.
+        name : str or None
+            For the merged model.
+
+        Raises
+        ------
+        Conflict
+            When there is no common ancestor.
+        """
+        models = tuple(self.resolve(one) for one in (a, b, *more))
+        base: str | None = models[0]
+        for other in models[1:]:
+            base = None if base is None else self.common_ancestor(base, other)
+        if base is None and not isinstance(operator, Mean):
+            raise Conflict("the models have no common ancestor; merge them with operator=Mean()")
+        if operator is not None:
+            return Merge("operator", base, models, model=self._merged(operator, base, models, name))
+        if more:
+            raise InvalidInput(f"{len(models)} models merge with an operator only: operator=Ties()")
+        assert base is not None
+        states = [self._store.load(one) for one in (base, *models)]
+        kind, details = merging.compare(states[0], states[1], states[2], self._flow(base, states[0], module))
+        merge = Merge(kind, base, models, **details)
+        if kind == "conflict":
+            return merge
+        if kind == "possible conflict":
+            report = self._judged(Layers()(states[0], states[1:]), {base, *models})
+            merge = replace(merge, report=report)
+            if not len(report) or not all(one.passed for one in report):
+                return merge
+        return replace(merge, model=self._merged(Layers(), base, models, name))
+
+    def _merged(self, operator: Operator, base: str | None, models: tuple[str, ...], name: str | None) -> str:
+        """Store what an operator makes, with it as the recipe."""
+        recipe = recipe_of(operator)
+        parents = models if isinstance(operator, Mean) or base is None else (base, *models)
+        started_s = time.perf_counter()
+        state = merged(recipe, [self._store.load(parent) for parent in parents])
+        seconds = time.perf_counter() - started_s
+        origin = Origin("", "merged", parents, recipe=recipe, digest=digest(recipe), seconds=seconds)
+        return self._commit(state, replace(origin, created_ns=time.time_ns()), name=name)
+
+    def _flow(self, base: str, state: Mapping[str, Any], module: torch.nn.Module | None) -> "nx.DiGraph[str]":
+        if module is None:
+            with self._catalog.read() as connection:
+                made = origins_of(connection, {base})
+            run = next((one.run for one in made if one.run is not None), None)
+            module = None if run is None else self._workshop.recipe(run).module()
+        return structure.chain(state) if module is None else structure.flow(module)
+
+    def _judged(self, state: Mapping[str, torch.Tensor], relatives: set[str]) -> TestReport:
+        """Run the tests that apply to any of the relatives on a state that is not stored."""
+        with self._catalog.read() as connection:
+            pairs = testing.covering(connection, sorted(relatives), testing.registered(connection))
+        judged = []
+        for test in {test.name: test for _, test in pairs}.values():
+            dataset = None if test.dataset is None else Dataset(self._catalog, test.dataset)
+            passed, value, error = testing.judge(test, state, dataset)
+            judged.append(testing.Result("merged", test.name, passed, value, error, 0.0, remembered=False))
+        return TestReport(tuple(judged))
 
     # ---- updates ----
 

@@ -7,7 +7,7 @@ means that it cannot tell. With a dataset it is called with the state and the da
 import fnmatch
 import math
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,6 +93,9 @@ class TestReport(Shown):
 
     def __len__(self) -> int:
         return len(self.results)
+
+    def __iter__(self) -> Iterator[Result]:
+        return iter(self.results)
 
     def __getitem__(self, i: int) -> Result:
         return self.results[i]
