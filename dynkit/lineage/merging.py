@@ -3,8 +3,9 @@
 Layers that only one side changed since the common ancestor are taken from that side. A layer that both changed is a
 conflict. Where different layers were changed but the output of one reaches the other, it is a possible conflict:
 each side was tuned to what the other had before, so the registered tests decide. Layers that do not see each other,
-such as two heads of one body, merge without conflict. (The three classes of W. Hao et al., "MGit: a model versioning and
-management system", ICML 2024.)
+such as two heads of one body, merge without conflict.
+
+The three classes are those of W. Hao et al., "MGit: a model versioning and management system", ICML 2024.
 """
 
 from collections.abc import Mapping, Sequence
