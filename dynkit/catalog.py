@@ -24,13 +24,16 @@ __all__ = [
     "edges",
     "evaluations",
     "events",
+    "layouts",
     "models",
+    "names",
+    "packs",
     "runs",
     "tensors",
     "triggers",
 ]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _BUSY_TIMEOUT_S = 60.0
 _FILE = "catalog.sqlite"
 _metadata = sa.MetaData()
@@ -99,19 +102,44 @@ models = sa.Table(
     "models",
     _metadata,
     sa.Column("id", sa.String, primary_key=True),  # BLAKE3 of the manifest
-    sa.Column("manifest", sa.JSON, nullable=False),
+    sa.Column("layout", sa.ForeignKey("layouts.id"), nullable=False),
+    sa.Column("tensors", sa.LargeBinary, nullable=False),  # (pack, slot) of each name of the layout
+    sa.Column("raw_bytes", sa.BigInteger, nullable=False),
+    sa.Column("metadata", sa.JSON, nullable=False),
     sa.Column("created_ns", sa.BigInteger, nullable=False),
+    sqlite_with_rowid=False,
+)
+layouts = sa.Table(
+    "layouts",
+    _metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("digest", sa.LargeBinary, nullable=False, unique=True),  # BLAKE3 of the list, 16 bytes
+    sa.Column("names", sa.LargeBinary, nullable=False),  # JSON list, zstd
+)
+packs = sa.Table(
+    "packs",
+    _metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("file", sa.String, nullable=False),
+    sa.Column("offset", sa.BigInteger, nullable=False),  # of the pack's index; its frames end there
+    sa.Column("size", sa.BigInteger, nullable=False),  # of the index
+    sqlite_autoincrement=True,  # a reference to a pack that is gone must never find another one
 )
 tensors = sa.Table(
     "tensors",
     _metadata,
-    sa.Column("id", sa.String, primary_key=True),  # BLAKE3 of dtype, shape and bytes
-    sa.Column("dtype", sa.String, nullable=False),
-    sa.Column("shape", sa.JSON, nullable=False),
-    sa.Column("codec", sa.String, nullable=False),
-    sa.Column("pack", sa.String, nullable=False),
-    sa.Column("offset", sa.BigInteger, nullable=False),
-    sa.Column("size_bytes", sa.BigInteger, nullable=False),
+    # The first 8 bytes of the identity. Of two tensors that share them one is not found again, and stored anew.
+    sa.Column("key", sa.BigInteger().with_variant(sa.Integer, "sqlite"), primary_key=True, autoincrement=False),
+    sa.Column("pack", sa.Integer, nullable=False),
+    sa.Column("slot", sa.Integer, nullable=False),
+)
+names = sa.Table(
+    "names",
+    _metadata,
+    sa.Column("name", sa.String, primary_key=True),
+    sa.Column("model", sa.ForeignKey("models.id"), nullable=False),
+    sa.Column("changed_ns", sa.BigInteger, nullable=False),
+    sqlite_with_rowid=False,
 )
 edges = sa.Table(
     "edges",
