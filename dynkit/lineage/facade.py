@@ -1,20 +1,17 @@
 """A Lineage is what a workspace knows about its models; each method opens the catalog and asks one module."""
 
-import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import cloudpickle
 import numpy as np
-import sqlalchemy as sa
 import torch
 
-from dynkit.catalog import Catalog, names, notes
+from dynkit.catalog import Catalog
 from dynkit.data import Dataset, as_keys
-from dynkit.errors import Conflict, InvalidInput
+from dynkit.errors import InvalidInput
 from dynkit.lineage import (
+    adding,
     bisection,
     cascade,
     diff,
@@ -27,6 +24,7 @@ from dynkit.lineage import (
     structure,
     testing,
 )
+from dynkit.lineage.adding import Model
 from dynkit.lineage.bisection import Bisection
 from dynkit.lineage.blaming import Blame, blamed
 from dynkit.lineage.cascade import Cascade
@@ -34,22 +32,18 @@ from dynkit.lineage.diff import ModelDiff
 from dynkit.lineage.erasure import Affected, Erasure, affected_by
 from dynkit.lineage.listing import Card, Log
 from dynkit.lineage.merging import Merge
-from dynkit.lineage.operators import Layers, Mean, Operator, merged, recipe_of
-from dynkit.lineage.origins import Origin, insert_origin, origins_of
+from dynkit.lineage.operators import Operator
 from dynkit.lineage.placing import Placement
-from dynkit.lineage.rebuilding import Recipe, Workshop, link, make
-from dynkit.lineage.storing import put
+from dynkit.lineage.rebuilding import Recipe, Workshop
 from dynkit.lineage.testing import ModelTest, TestReport
 from dynkit.models import ModelStore, manifest_id, tensor_id
-from dynkit.policies import digest
+from dynkit.models.records import resolved
 from dynkit.time import IntArray
 
 if TYPE_CHECKING:
     import networkx as nx
 
 __all__ = ["Lineage"]
-
-Model = torch.nn.Module | Mapping[str, torch.Tensor] | str | Path
 
 
 class Lineage:
@@ -99,18 +93,18 @@ class Lineage:
 
     def _reachable(self, model: str, *, up: bool) -> set[str]:
         with self._catalog.read() as connection:
-            found = graph.resolve(connection, model)
+            found = resolved(connection, model)
             return graph.reachable(connection, [found], up=up) - {found}
 
     def versions(self, model: str) -> list[str]:
         """Versions of a model, itself included, oldest first."""
         with self._catalog.read() as connection:
-            return graph.versions(connection, graph.resolve(connection, model))
+            return graph.versions(connection, resolved(connection, model))
 
     def common_ancestor(self, a: str, b: str) -> str | None:
         """Return the newest model that both come from, if any; one of the two counts."""
         with self._catalog.read() as connection:
-            return graph.common_ancestor(connection, graph.resolve(connection, a), graph.resolve(connection, b))
+            return graph.common_ancestor(connection, resolved(connection, a), resolved(connection, b))
 
     def resolve(self, model: str) -> str:
         """Return the identity of a model.
@@ -120,7 +114,7 @@ class Lineage:
         NotFound
         """
         with self._catalog.read() as connection:
-            return graph.resolve(connection, model)
+            return resolved(connection, model)
 
     # ---- what is there ----
 
@@ -132,7 +126,7 @@ class Lineage:
     def show(self, model: str) -> Card:
         """Return all that is known of a model: where it comes from, samples, recipe, seed, code, metrics, tests."""
         with self._catalog.read() as connection:
-            return listing.card(connection, self._catalog.root, graph.resolve(connection, model))
+            return listing.card(connection, self._catalog.root, resolved(connection, model))
 
     def search(
         self, text: str | None = None, *, tag: str | None = None, run: str | None = None, dataset: str | None = None
@@ -188,7 +182,7 @@ class Lineage:
         how : str
             How it was made, for people.
         name : str or None
-            Must be free, or already name this model.
+            It must be free, or a parent's.
         tags : iterable of str
         note : str or None
 
@@ -201,52 +195,9 @@ class Lineage:
         ------
         InvalidInput, NotFound, Conflict
         """
-        parents = [self.resolve(parent) for parent in parents]
+        made_from = [self.resolve(parent) for parent in parents]
         before = [] if version_of is None else [self.resolve(version_of)]
-        code = None
-        started_s = time.perf_counter()
-        made = callable(model) and not isinstance(model, torch.nn.Module)
-        if made:
-            code = bytes(cloudpickle.dumps(model))
-            state: Mapping[str, torch.Tensor] = make(code, [self._store.load(parent) for parent in parents])
-        else:
-            state = _state_of(model)
-        origin = Origin(
-            model="",
-            how="made" if made else "added",
-            parents=tuple(parents),
-            recipe={"how": how},
-            digest=digest(model) if made else "",
-            seconds=time.perf_counter() - started_s,
-            created_ns=time.time_ns(),
-        )
-        return self._commit(state, origin, code=code, before=before, name=name, tags=tags, note=note)
-
-    def _commit(
-        self,
-        state: Mapping[str, torch.Tensor],
-        origin: Origin,
-        *,
-        code: bytes | None = None,
-        before: Sequence[str] = (),
-        name: str | None = None,
-        tags: Iterable[str] = (),
-        note: str | None = None,
-    ) -> str:
-        """Store a model with its origin, edges, name and notes, at once."""
-        tags = list(tags)
-
-        def also(connection: sa.Connection, model: str) -> None:
-            link(connection, "derived", origin.parents, model)
-            link(connection, "version", before, model)
-            insert_origin(connection, replace(origin, model=model), code)
-            manifest = {key: tensor_id(tensor) for key, tensor in state.items()}
-            placing.index(connection, model, state, manifest)
-            if name is not None:
-                _point(connection, name, model, expected=None)
-            _note(connection, model, tags, note)
-
-        return put(self._store, state, also, origin.parents)
+        return adding.add(self._store, model, made_from, before=before, how=how, name=name, tags=tags, note=note)
 
     def name(self, model: str, name: str, *, instead_of: str | None = None) -> None:
         """Give a model a name, or move a name to it.
@@ -263,13 +214,13 @@ class Lineage:
             When somebody else was quicker.
         """
         with self._catalog.write() as connection:
-            expected = None if instead_of is None else graph.resolve(connection, instead_of)
-            _point(connection, name, graph.resolve(connection, model), expected=expected)
+            expected = None if instead_of is None else resolved(connection, instead_of)
+            adding.point(connection, name, resolved(connection, model), expected=expected)
 
     def note(self, model: str, text: str | None = None, *, tags: Iterable[str] = ()) -> None:
         """Write a note or tags on a model."""
         with self._catalog.write() as connection:
-            _note(connection, graph.resolve(connection, model), tags, text)
+            adding.write_notes(connection, resolved(connection, model), tags, text)
 
     # ---- tests ----
 
@@ -318,17 +269,10 @@ class Lineage:
             Names of tests, run on all of the models; None: those that apply to each.
         """
         with self._catalog.read() as connection:
-            if models is None:
-                chosen = [entry.model for entry in reversed(listing.log(connection, None).entries)]
-            else:
-                given = [models] if isinstance(models, str) else models
-                found = {graph.resolve(connection, model) for model in given}
-                chosen = graph.in_order(connection, found)
-            if tests is None:
-                pairs = testing.covering(connection, chosen, testing.registered(connection))
-            else:
-                wanted = testing.registered(connection, [tests] if isinstance(tests, str) else list(tests))
-                pairs = [(model, test) for model in chosen for test in wanted]
+            given = [models] if isinstance(models, str) else models
+            found = None if given is None else {resolved(connection, model) for model in given}
+            wanted = [tests] if isinstance(tests, str) else None if tests is None else list(tests)
+            pairs = testing.chosen(connection, found, wanted)
         return TestReport(tuple(testing.run(self._catalog, self._store, test, model) for model, test in pairs))
 
     def bisect(self, test: str | Callable[..., Any], good: str | Iterable[str], bad: str) -> Bisection:
@@ -345,12 +289,9 @@ class Lineage:
         """
         chosen = self._test(test)
         with self._catalog.read() as connection:
-            passing = {graph.resolve(connection, one) for one in ([good] if isinstance(good, str) else good)}
-            failing = graph.resolve(connection, bad)
-            above = {failing, *graph.reachable(connection, [failing], up=True, kinds=graph.KINDS)}
-            above |= passing | graph.reachable(connection, passing, up=True, kinds=graph.KINDS)
-            pairs = graph.all_edges(connection, within=above)
-            searched = graph.acyclic(pairs, graph.ages(connection, above))
+            passing = {resolved(connection, one) for one in ([good] if isinstance(good, str) else good)}
+            failing = resolved(connection, bad)
+            searched = graph.above(connection, {failing, *passing})
         return bisection.bisect(
             searched, passing, failing, lambda model: testing.run(self._catalog, self._store, chosen, model).passed
         )
@@ -391,7 +332,7 @@ class Lineage:
             Of `a` and `b`, for the structure; their weights do not matter.
         """
         with self._catalog.read() as connection:
-            first, second = graph.resolve(connection, a), graph.resolve(connection, b)
+            first, second = resolved(connection, a), resolved(connection, b)
             scores = diff.scores_of(connection, first, second)
         tensors = diff.diff_tensors(self._store.load(first), self._store.load(second))
         flows = None if modules is None else [structure.flow(module) for module in modules]
@@ -426,56 +367,7 @@ class Lineage:
             When there is no common ancestor.
         """
         models = tuple(self.resolve(one) for one in (a, b, *more))
-        base: str | None = models[0]
-        for other in models[1:]:
-            base = None if base is None else self.common_ancestor(base, other)
-        if base is None and not isinstance(operator, Mean):
-            raise Conflict("the models have no common ancestor; merge them with operator=Mean()")
-        if operator is not None:
-            return Merge("operator", base, models, model=self._merged(operator, base, models, name))
-        if more:
-            raise InvalidInput(f"{len(models)} models merge with an operator only: operator=Ties()")
-        assert base is not None
-        states = [self._store.load(one) for one in (base, *models)]
-        kind, details = merging.compare(states[0], states[1], states[2], self._flow(base, states[0], module))
-        merge = Merge(kind, base, models, **details)
-        if kind == "conflict":
-            return merge
-        if kind == "possible conflict":
-            report = self._judged(Layers()(states[0], states[1:]), {base, *models})
-            merge = replace(merge, report=report)
-            if not len(report) or not all(one.passed for one in report):
-                return merge
-        return replace(merge, model=self._merged(Layers(), base, models, name))
-
-    def _merged(self, operator: Operator, base: str | None, models: tuple[str, ...], name: str | None) -> str:
-        """Store what an operator makes, with it as the recipe."""
-        recipe = recipe_of(operator)
-        parents = models if isinstance(operator, Mean) or base is None else (base, *models)
-        started_s = time.perf_counter()
-        state = merged(recipe, [self._store.load(parent) for parent in parents])
-        seconds = time.perf_counter() - started_s
-        origin = Origin("", "merged", parents, recipe=recipe, digest=digest(recipe), seconds=seconds)
-        return self._commit(state, replace(origin, created_ns=time.time_ns()), name=name)
-
-    def _flow(self, base: str, state: Mapping[str, Any], module: torch.nn.Module | None) -> "nx.DiGraph[str]":
-        if module is None:
-            with self._catalog.read() as connection:
-                made = origins_of(connection, {base})
-            run = next((one.run for one in made if one.run is not None), None)
-            module = None if run is None else self._workshop.recipe(run).module()
-        return structure.chain(state) if module is None else structure.flow(module)
-
-    def _judged(self, state: Mapping[str, torch.Tensor], relatives: set[str]) -> TestReport:
-        """Run the tests that apply to any of the relatives on a state that is not stored."""
-        with self._catalog.read() as connection:
-            pairs = testing.covering(connection, sorted(relatives), testing.registered(connection))
-        judged = []
-        for test in {test.name: test for _, test in pairs}.values():
-            dataset = None if test.dataset is None else Dataset(self._catalog, test.dataset)
-            passed, value, error = testing.judge(test, state, dataset)
-            judged.append(testing.Result("merged", test.name, passed, value, error, 0.0, remembered=False))
-        return TestReport(tuple(judged))
+        return merging.merge(self._catalog, self._store, self._workshop, models, operator, module, name)
 
     # ---- updates ----
 
@@ -503,8 +395,8 @@ class Lineage:
             Do not go on from a new version that fails its tests.
         """
         with self._catalog.read() as connection:
-            before, after = graph.resolve(connection, old), graph.resolve(connection, new)
-            left_out = skip if callable(skip) else {graph.resolve(connection, model) for model in skip}
+            before, after = resolved(connection, old), resolved(connection, new)
+            left_out = skip if callable(skip) else {resolved(connection, model) for model in skip}
             planned = cascade.plan(connection, self._workshop, before, after, left_out)
         if dry_run:
             return planned
@@ -572,7 +464,7 @@ class Lineage:
         limit : int
             Most candidates to return.
         """
-        state = _state_of(model)
+        state = adding.state_of(model)
         placing.catch_up(self._catalog, self._store)
         identity = manifest_id({key: tensor_id(tensor) for key, tensor in state.items()})
         with self._catalog.read() as connection:
@@ -584,45 +476,3 @@ def _checked(keys: Any) -> IntArray:
     if not len(checked):
         raise InvalidInput("no keys; give those of the samples, such as dataset.keys()[:10]")
     return checked
-
-
-def _state_of(model: Any) -> Mapping[str, torch.Tensor]:
-    """Return the tensors of what a user has."""
-    if isinstance(model, torch.nn.Module):
-        return model.state_dict()
-    if isinstance(model, Mapping):
-        return model
-    if isinstance(model, str | Path) and Path(model).suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            state: dict[str, torch.Tensor] = load_file(model)
-        except (OSError, SafetensorError) as error:
-            raise InvalidInput(f"{model} cannot be read: {error}") from None
-        return state
-    raise InvalidInput(f"{model!r:.80} is no model; pass an nn.Module, a state dict or the path of a .safetensors file")
-
-
-def _point(connection: sa.Connection, name: str, model: str, *, expected: str | None) -> None:
-    """Let a name mean a model, if it means `expected` now (None: nothing, or the model already)."""
-    now = connection.scalar(sa.select(names.c.model).where(names.c.name == name))
-    if now == model:
-        return
-    if now != expected:
-        what = "is free" if now is None else f"names model {now[:12]}"
-        hint = "" if now is None else f"; move it with name(model, {name!r}, instead_of={now[:12]!r})"
-        raise Conflict(f"the name {name!r} {what}{hint}")
-    if now is None:
-        connection.execute(sa.insert(names), {"name": name, "model": model, "changed_ns": time.time_ns()})
-    else:
-        connection.execute(sa.update(names).where(names.c.name == name).values(model=model, changed_ns=time.time_ns()))
-
-
-def _note(connection: sa.Connection, model: str, tags: Iterable[str], note: str | None) -> None:
-    if isinstance(tags, str):
-        raise InvalidInput(f"tags={tags!r} must be a list of text: tags=[{tags!r}]")
-    texts = [*(("tag", tag) for tag in tags), *([("note", note)] if note else [])]
-    rows = [{"model": model, "kind": kind, "text": text, "created_ns": time.time_ns()} for kind, text in texts]
-    if rows:
-        connection.execute(sa.insert(notes).prefix_with("OR IGNORE"), rows)
