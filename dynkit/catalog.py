@@ -25,10 +25,12 @@ __all__ = [
     "edges",
     "evaluations",
     "events",
+    "layouts",
     "models",
     "names",
     "notes",
     "origins",
+    "packs",
     "recipes",
     "remotes",
     "results",
@@ -113,19 +115,44 @@ models = sa.Table(
     "models",
     _metadata,
     sa.Column("id", sa.String, primary_key=True),  # BLAKE3 of the manifest
-    sa.Column("manifest", sa.JSON, nullable=False),
+    sa.Column("layout", sa.ForeignKey("layouts.id"), nullable=False),
+    sa.Column("tensors", sa.LargeBinary, nullable=False),  # (pack, slot) of each name of the layout
+    sa.Column("raw_bytes", sa.BigInteger, nullable=False),
+    sa.Column("metadata", sa.JSON, nullable=False),
     sa.Column("created_ns", sa.BigInteger, nullable=False),
+    sqlite_with_rowid=False,
+)
+layouts = sa.Table(
+    "layouts",
+    _metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("digest", sa.LargeBinary, nullable=False, unique=True),  # BLAKE3 of the list, 16 bytes
+    sa.Column("names", sa.LargeBinary, nullable=False),  # JSON list, zstd
+)
+packs = sa.Table(
+    "packs",
+    _metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("file", sa.String, nullable=False),
+    sa.Column("offset", sa.BigInteger, nullable=False),  # of the pack's index; its frames end there
+    sa.Column("size", sa.BigInteger, nullable=False),  # of the index
+    sqlite_autoincrement=True,  # a reference to a pack that is gone must never find another one
 )
 tensors = sa.Table(
     "tensors",
     _metadata,
-    sa.Column("id", sa.String, primary_key=True),  # BLAKE3 of dtype, shape and bytes
-    sa.Column("dtype", sa.String, nullable=False),
-    sa.Column("shape", sa.JSON, nullable=False),
-    sa.Column("codec", sa.String, nullable=False),
-    sa.Column("pack", sa.String, nullable=False),
-    sa.Column("offset", sa.BigInteger, nullable=False),
-    sa.Column("size_bytes", sa.BigInteger, nullable=False),
+    # The first 8 bytes of the identity. Of two tensors that share them one is not found again, and stored anew.
+    sa.Column("key", sa.BigInteger().with_variant(sa.Integer, "sqlite"), primary_key=True, autoincrement=False),
+    sa.Column("pack", sa.Integer, nullable=False),
+    sa.Column("slot", sa.Integer, nullable=False),
+)
+names = sa.Table(
+    "names",
+    _metadata,
+    sa.Column("name", sa.String, primary_key=True),
+    sa.Column("model", sa.ForeignKey("models.id"), nullable=False),
+    sa.Column("changed_ns", sa.BigInteger, nullable=False),
+    sqlite_with_rowid=False,
 )
 edges = sa.Table(
     "edges",
@@ -152,17 +179,10 @@ evaluations = sa.Table(
 
 # -- lineage: what people add to the graph, and what makes it quick to search --
 sa.Index("edges_child", edges.c.child)
-names = sa.Table(
-    "names",
-    _metadata,
-    sa.Column("name", sa.String, primary_key=True),
-    sa.Column("model", sa.ForeignKey("models.id"), nullable=False, index=True),
-    sa.Column("changed_ns", sa.BigInteger, nullable=False),
-)
 notes = sa.Table(
     "notes",
     _metadata,
-    sa.Column("model", sa.ForeignKey("models.id"), primary_key=True),
+    sa.Column("model", sa.ForeignKey("models.id", ondelete="CASCADE"), primary_key=True),
     sa.Column("kind", sa.String, primary_key=True),  # "tag" or "note"
     sa.Column("text", sa.String, primary_key=True),
     sa.Column("created_ns", sa.BigInteger, nullable=False),
@@ -171,7 +191,7 @@ origins = sa.Table(  # how a model came to be that no trigger of a run made
     "origins",
     _metadata,
     sa.Column("id", sa.Integer, primary_key=True),
-    sa.Column("model", sa.ForeignKey("models.id"), nullable=False, index=True),
+    sa.Column("model", sa.ForeignKey("models.id", ondelete="CASCADE"), nullable=False, index=True),
     sa.Column("how", sa.String, nullable=False),  # "added", "made", "merged", "rebuilt"
     sa.Column("parents", sa.JSON, nullable=False),  # models, in order
     sa.Column("recipe", sa.JSON, nullable=False),
@@ -187,7 +207,7 @@ recipes = sa.Table(  # what a recipe with these parents and samples gave, so tha
     "recipes",
     _metadata,
     sa.Column("id", sa.String, primary_key=True),
-    sa.Column("model", sa.ForeignKey("models.id"), nullable=False, index=True),
+    sa.Column("model", sa.ForeignKey("models.id", ondelete="CASCADE"), nullable=False, index=True),
     sa.Column("seconds", sa.Float, nullable=False),
     sa.Column("details", sa.JSON, nullable=False),  # of a training: samples passed, reports
 )
@@ -204,7 +224,7 @@ tests = sa.Table(
 results = sa.Table(
     "results",
     _metadata,
-    sa.Column("model", sa.ForeignKey("models.id"), primary_key=True),
+    sa.Column("model", sa.ForeignKey("models.id", ondelete="CASCADE"), primary_key=True),
     sa.Column("test", sa.String, primary_key=True),
     sa.Column("digest", sa.String, primary_key=True),  # of the test's function
     sa.Column("dataset_version", sa.Integer, primary_key=True),  # 0 without a dataset
@@ -223,7 +243,7 @@ sketches = sa.Table(
     "sketches",
     _metadata,
     sa.Column("number", sa.Integer, primary_key=True),
-    sa.Column("model", sa.ForeignKey("models.id"), nullable=False, unique=True),
+    sa.Column("model", sa.ForeignKey("models.id", ondelete="CASCADE"), nullable=False, unique=True),
     sa.Column("structure", sa.ForeignKey("structures.id"), nullable=False),
     sa.Column("tensors", sa.Integer, nullable=False),  # different ones
     sa.Column("sketch", sa.LargeBinary, nullable=False),
@@ -232,7 +252,7 @@ tokens = sa.Table(  # inverted index: 64 bits of a tensor's identity, or of a ba
     "tokens",
     _metadata,
     sa.Column("token", sa.BigInteger, primary_key=True),
-    sa.Column("number", sa.Integer, primary_key=True, index=True),
+    sa.Column("number", sa.ForeignKey("sketches.number", ondelete="CASCADE"), primary_key=True, index=True),
     sqlite_with_rowid=False,
 )
 remotes = sa.Table(

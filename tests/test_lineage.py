@@ -38,7 +38,7 @@ def tuned(state: dict[str, torch.Tensor], seed: int, by: float = 0.05) -> dict[s
 def planted(ws: dk.Workspace, pairs: list[tuple[int, int]], n: int, kinds: list[str]) -> None:
     """Models m0..m<n> of one tensor, with these edges."""
     for i in range(n):
-        ws.models.add({"w": torch.tensor([float(i)])})
+        ws.models.put({"w": torch.tensor([float(i)])})
     with ws.catalog.write() as connection:
         ids = list(connection.scalars(sa.select(models.c.id).order_by(models.c.created_ns)))
         for i, model in enumerate(ids):
@@ -94,13 +94,13 @@ def test_the_common_ancestor_is_the_lowest_one(ws: dk.Workspace) -> None:
     assert ws.lineage.common_ancestor("m3", "m5") is None
 
 
-def test_a_model_is_found_by_name_identity_or_its_beginning_and_a_wrong_name_says_what_is_near(
+def test_a_model_is_found_by_name_identity_or_its_beginning(
     ws: dk.Workspace,
 ) -> None:
     model = ws.lineage.add(weights(0), name="base")
     other = ws.lineage.add(weights(1))
     assert ws.lineage.resolve("base") == ws.lineage.resolve(model[:10]) == model
-    with pytest.raises(NotFound, match=r"'bases'; did you mean 'base'\?"):
+    with pytest.raises(NotFound, match="none has this name"):
         ws.lineage.ancestors("bases")
     shared = next(i for i in range(64) if model[i] != other[i])
     if shared:
@@ -141,7 +141,7 @@ def test_what_people_bring_gets_its_place_name_tags_and_note(ws: dk.Workspace, t
 
     save_file(weights(0), tmp_path / "base.safetensors")
     base = ws.lineage.add(tmp_path / "base.safetensors", name="base", tags=["text"], note="from the hub")
-    assert base == ws.models.add(weights(0))
+    assert base == ws.models.put(weights(0))
     child = ws.lineage.add(nn.Linear(2, 2), parents=["base"], version_of=base, how="distilled")
     assert ws.lineage.ancestors(child) == {base}
     assert ws.lineage.versions(base) == [base, child]

@@ -7,13 +7,17 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
+import sqlalchemy as sa
 import torch
 from streams import make_frame, make_model, make_pipeline, replayed
+from torch import nn
 
 import dynkit as dk
+from dynkit.catalog import packs
 from dynkit.data import Batches
 from dynkit.errors import Conflict, InvalidInput
 from dynkit.lineage import erasure
+from dynkit.models.reading import Packs
 from dynkit.training import FitContext, fit, seeded
 
 SECRET = np.array([1.2345678, -7.6543210, 3.1415927], np.float32)  # features of the samples to erase
@@ -192,6 +196,34 @@ def test_a_model_without_a_recipe_is_removed_only_when_asked_to(ws: dk.Workspace
     assert report.done
     assert set(report.removed) == {second, brought, above}
     assert not ws.lineage.search("brought")
+
+
+def wide_model() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 256), nn.ReLU(), nn.Linear(256, 2))
+
+
+def test_what_is_stored_as_a_difference_from_a_tainted_tensor_is_stored_anew(
+    ws: dk.Workspace, dataset: dk.Dataset
+) -> None:
+    """A clean model, near to a tainted one of which its parent is the next version."""
+    options = dk.Training(**TRAINING)  # type: ignore[arg-type]
+    run = replayed(make_pipeline(dataset, selection=dk.selection.New(), training=options, model=wide_model))
+    tainted = ws.models.load(run.trained[1].model)
+    torch.manual_seed(5)
+    parent = ws.lineage.add(wide_model(), version_of=run.trained[1].model)
+    near = {name: t + 1e-4 * torch.randn(t.shape) for name, t in tainted.items()}
+    clean = ws.lineage.add(near, parents=[parent])
+    with ws.catalog.read() as connection:
+        ids = list(connection.scalars(sa.select(packs.c.id)))
+    with Packs(ws.catalog).reading() as reader:
+        reader.prepare(ids)
+        frames = [frame for id in ids for frame in reader.pack(id).frames if frame is not None]
+        based = {reader.frame(base).id.hex() for frame in frames for base in frame.bases}
+    assert based & set(ws.models.manifest(run.trained[1].model).values())
+    report = ws.lineage.erase([700], dry_run=False)
+    assert report.done, report
+    assert all(ws.models.load(clean)[name].equal(tensor) for name, tensor in near.items())
+    assert ws.models.fsck(deep=True) == []
 
 
 def test_a_training_without_any_samples_left_is_undone(ws: dk.Workspace, dataset: dk.Dataset) -> None:

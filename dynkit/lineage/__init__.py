@@ -7,7 +7,7 @@ user code is loaded to list or show anything.
 
 from dynkit.lineage.facade import Lineage
 from dynkit.lineage.listing import Card, Log
-from dynkit.lineage.merging import Layers, Mean, TaskArithmetic, Ties
+from dynkit.lineage.operators import Layers, Mean, TaskArithmetic, Ties
 from dynkit.lineage.origins import Origin
 from dynkit.lineage.placing import Candidate, Placement
 

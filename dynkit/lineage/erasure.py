@@ -195,7 +195,7 @@ def erase(
     if len(left):
         dataset.delete(left)
     dataset.compact(erase=True)
-    free(catalog, store)
+    free(catalog, store, tainted - _manifests(catalog, store))
     catalog.scrub()
     return Erasure(
         affected,
@@ -275,15 +275,21 @@ def _checks(
 ) -> dict[str, int]:
     """Look for what should be gone, in what is there now."""
     with catalog.read() as connection:
-        left = set(connection.scalars(sa.select(models.c.id)))
+        there = set(connection.scalars(sa.select(models.c.id)))
         trainings = [one.training for one in origins_of(connection, dataset=dataset.name) if one.training]
     listed = sum(int(np.isin(as_keys(read_selection(catalog.root, *one)), keys).sum()) for one in set(trainings))
-    used = {tensor for model in left for tensor in store.manifest(model).values()}
     return {
         "samples in the dataset": len(np.intersect1d(keys, as_keys(dataset.keys()))),
         "earlier versions of the dataset": len(dataset.versions()) - 1,
         "samples listed in selections": listed,
         "models trained on them or on what comes from them": len(affected_by(catalog, dataset.name, keys)),
-        "removed models in the store": len(removed & left),
-        "tensors of removed models in the store": len(stored_tensors(catalog) & (tainted - used)),
+        "removed models in the store": len(removed & there),
+        "tensors of removed models in the store": len(stored_tensors(catalog) & (tainted - _manifests(catalog, store))),
     }
+
+
+def _manifests(catalog: Catalog, store: ModelStore) -> set[str]:
+    """Identities of the tensors of all models."""
+    with catalog.read() as connection:
+        there = list(connection.scalars(sa.select(models.c.id)))
+    return {tensor for model in there for tensor in store.manifest(model).values()}

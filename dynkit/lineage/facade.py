@@ -1,40 +1,49 @@
 """A Lineage is what a workspace knows about its models; each method opens the catalog and asks one module."""
 
-import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import cloudpickle
 import numpy as np
-import sqlalchemy as sa
 import torch
 
-from dynkit.catalog import Catalog, names, notes
+from dynkit.catalog import Catalog
 from dynkit.data import Dataset, as_keys
-from dynkit.errors import Conflict, InvalidInput
-from dynkit.lineage import bisection, cascade, erasure, export, graph, listing, placing, testing
+from dynkit.errors import InvalidInput
+from dynkit.lineage import (
+    adding,
+    bisection,
+    cascade,
+    diff,
+    erasure,
+    export,
+    graph,
+    listing,
+    merging,
+    placing,
+    structure,
+    testing,
+)
+from dynkit.lineage.adding import Model
 from dynkit.lineage.bisection import Bisection
 from dynkit.lineage.blaming import Blame, blamed
 from dynkit.lineage.cascade import Cascade
+from dynkit.lineage.diff import ModelDiff
 from dynkit.lineage.erasure import Affected, Erasure, affected_by
 from dynkit.lineage.listing import Card, Log
-from dynkit.lineage.origins import Origin, insert_origin
+from dynkit.lineage.merging import Merge
+from dynkit.lineage.operators import Operator
 from dynkit.lineage.placing import Placement
-from dynkit.lineage.rebuilding import Recipe, Workshop, link, make
-from dynkit.lineage.storing import put
+from dynkit.lineage.rebuilding import Recipe, Workshop
 from dynkit.lineage.testing import ModelTest, TestReport
 from dynkit.models import ModelStore, manifest_id, tensor_id
-from dynkit.policies import digest
+from dynkit.models.records import resolved
 from dynkit.time import IntArray
 
 if TYPE_CHECKING:
     import networkx as nx
 
 __all__ = ["Lineage"]
-
-Model = torch.nn.Module | Mapping[str, torch.Tensor] | str | Path
 
 
 class Lineage:
@@ -84,18 +93,18 @@ class Lineage:
 
     def _reachable(self, model: str, *, up: bool) -> set[str]:
         with self._catalog.read() as connection:
-            found = graph.resolve(connection, model)
+            found = resolved(connection, model)
             return graph.reachable(connection, [found], up=up) - {found}
 
     def versions(self, model: str) -> list[str]:
         """Versions of a model, itself included, oldest first."""
         with self._catalog.read() as connection:
-            return graph.versions(connection, graph.resolve(connection, model))
+            return graph.versions(connection, resolved(connection, model))
 
     def common_ancestor(self, a: str, b: str) -> str | None:
         """Return the newest model that both come from, if any; one of the two counts."""
         with self._catalog.read() as connection:
-            return graph.common_ancestor(connection, graph.resolve(connection, a), graph.resolve(connection, b))
+            return graph.common_ancestor(connection, resolved(connection, a), resolved(connection, b))
 
     def resolve(self, model: str) -> str:
         """Return the identity of a model.
@@ -105,7 +114,7 @@ class Lineage:
         NotFound
         """
         with self._catalog.read() as connection:
-            return graph.resolve(connection, model)
+            return resolved(connection, model)
 
     # ---- what is there ----
 
@@ -117,7 +126,7 @@ class Lineage:
     def show(self, model: str) -> Card:
         """Return all that is known of a model: where it comes from, samples, recipe, seed, code, metrics, tests."""
         with self._catalog.read() as connection:
-            return listing.card(connection, self._catalog.root, graph.resolve(connection, model))
+            return listing.card(connection, self._catalog.root, resolved(connection, model))
 
     def search(
         self, text: str | None = None, *, tag: str | None = None, run: str | None = None, dataset: str | None = None
@@ -173,7 +182,7 @@ class Lineage:
         how : str
             How it was made, for people.
         name : str or None
-            Must be free, or already name this model.
+            It must be free, or a parent's.
         tags : iterable of str
         note : str or None
 
@@ -186,52 +195,9 @@ class Lineage:
         ------
         InvalidInput, NotFound, Conflict
         """
-        parents = [self.resolve(parent) for parent in parents]
+        made_from = [self.resolve(parent) for parent in parents]
         before = [] if version_of is None else [self.resolve(version_of)]
-        code = None
-        started_s = time.perf_counter()
-        made = callable(model) and not isinstance(model, torch.nn.Module)
-        if made:
-            code = bytes(cloudpickle.dumps(model))
-            state: Mapping[str, torch.Tensor] = make(code, [self._store.load(parent) for parent in parents])
-        else:
-            state = _state_of(model)
-        origin = Origin(
-            model="",
-            how="made" if made else "added",
-            parents=tuple(parents),
-            recipe={"how": how},
-            digest=digest(model) if made else "",
-            seconds=time.perf_counter() - started_s,
-            created_ns=time.time_ns(),
-        )
-        return self._commit(state, origin, code=code, before=before, name=name, tags=tags, note=note)
-
-    def _commit(
-        self,
-        state: Mapping[str, torch.Tensor],
-        origin: Origin,
-        *,
-        code: bytes | None = None,
-        before: Sequence[str] = (),
-        name: str | None = None,
-        tags: Iterable[str] = (),
-        note: str | None = None,
-    ) -> str:
-        """Store a model with its origin, edges, name and notes, at once."""
-        tags = list(tags)
-
-        def also(connection: sa.Connection, model: str) -> None:
-            link(connection, "derived", origin.parents, model)
-            link(connection, "version", before, model)
-            insert_origin(connection, replace(origin, model=model), code)
-            manifest = {key: tensor_id(tensor) for key, tensor in state.items()}
-            placing.index(connection, model, state, manifest)
-            if name is not None:
-                _point(connection, name, model, expected=None)
-            _note(connection, model, tags, note)
-
-        return put(self._store, state, also, origin.parents)
+        return adding.add(self._store, model, made_from, before=before, how=how, name=name, tags=tags, note=note)
 
     def name(self, model: str, name: str, *, instead_of: str | None = None) -> None:
         """Give a model a name, or move a name to it.
@@ -248,13 +214,13 @@ class Lineage:
             When somebody else was quicker.
         """
         with self._catalog.write() as connection:
-            expected = None if instead_of is None else graph.resolve(connection, instead_of)
-            _point(connection, name, graph.resolve(connection, model), expected=expected)
+            expected = None if instead_of is None else resolved(connection, instead_of)
+            adding.point(connection, name, resolved(connection, model), expected=expected)
 
     def note(self, model: str, text: str | None = None, *, tags: Iterable[str] = ()) -> None:
         """Write a note or tags on a model."""
         with self._catalog.write() as connection:
-            _note(connection, graph.resolve(connection, model), tags, text)
+            adding.write_notes(connection, resolved(connection, model), tags, text)
 
     # ---- tests ----
 
@@ -303,17 +269,10 @@ class Lineage:
             Names of tests, run on all of the models; None: those that apply to each.
         """
         with self._catalog.read() as connection:
-            if models is None:
-                chosen = [entry.model for entry in reversed(listing.log(connection, None).entries)]
-            else:
-                given = [models] if isinstance(models, str) else models
-                found = {graph.resolve(connection, model) for model in given}
-                chosen = graph.in_order(connection, found)
-            if tests is None:
-                pairs = testing.covering(connection, chosen, testing.registered(connection))
-            else:
-                wanted = testing.registered(connection, [tests] if isinstance(tests, str) else list(tests))
-                pairs = [(model, test) for model in chosen for test in wanted]
+            given = [models] if isinstance(models, str) else models
+            found = None if given is None else {resolved(connection, model) for model in given}
+            wanted = [tests] if isinstance(tests, str) else None if tests is None else list(tests)
+            pairs = testing.chosen(connection, found, wanted)
         return TestReport(tuple(testing.run(self._catalog, self._store, test, model) for model, test in pairs))
 
     def bisect(self, test: str | Callable[..., Any], good: str | Iterable[str], bad: str) -> Bisection:
@@ -330,12 +289,9 @@ class Lineage:
         """
         chosen = self._test(test)
         with self._catalog.read() as connection:
-            passing = {graph.resolve(connection, one) for one in ([good] if isinstance(good, str) else good)}
-            failing = graph.resolve(connection, bad)
-            above = {failing, *graph.reachable(connection, [failing], up=True, kinds=graph.KINDS)}
-            above |= passing | graph.reachable(connection, passing, up=True, kinds=graph.KINDS)
-            pairs = graph.all_edges(connection, within=above)
-            searched = graph.acyclic(pairs, graph.ages(connection, above))
+            passing = {resolved(connection, one) for one in ([good] if isinstance(good, str) else good)}
+            failing = resolved(connection, bad)
+            searched = graph.above(connection, {failing, *passing})
         return bisection.bisect(
             searched, passing, failing, lambda model: testing.run(self._catalog, self._store, chosen, model).passed
         )
@@ -364,6 +320,55 @@ class Lineage:
         with self._catalog.read() as connection:
             return testing.registered(connection, [test])[0]
 
+    # ---- differences and merges ----
+
+    def diff(self, a: str, b: str, *, modules: tuple[torch.nn.Module, torch.nn.Module] | None = None) -> ModelDiff:
+        """Compare two models: tensors, scores and, where their modules are given, structure.
+
+        Parameters
+        ----------
+        a, b : str
+        modules : pair of nn.Module or None
+            Of `a` and `b`, for the structure; their weights do not matter.
+        """
+        with self._catalog.read() as connection:
+            first, second = resolved(connection, a), resolved(connection, b)
+            scores = diff.scores_of(connection, first, second)
+        tensors = diff.diff_tensors(self._store.load(first), self._store.load(second))
+        flows = None if modules is None else [structure.flow(module) for module in modules]
+        layers = None if flows is None else structure.diff_structure(*flows)
+        return ModelDiff(first, second, tensors, scores, layers)
+
+    def merge(
+        self,
+        a: str,
+        b: str,
+        *more: str,
+        operator: Operator | None = None,
+        module: torch.nn.Module | None = None,
+        name: str | None = None,
+    ) -> Merge:
+        """Merge models that come from one; store the result when there is no conflict.
+
+        Parameters
+        ----------
+        a, b, *more : str
+        operator : Mean, TaskArithmetic, Ties or None
+            None takes each layer from the side that changed it, if there is no conflict; two models only.
+        module : nn.Module or None
+            Tells how data flows between layers; None: the run's, if one made the common ancestor, else the layers count
+            as a chain.
+        name : str or None
+            For the merged model.
+
+        Raises
+        ------
+        Conflict
+            When there is no common ancestor.
+        """
+        models = tuple(self.resolve(one) for one in (a, b, *more))
+        return merging.merge(self._catalog, self._store, self._workshop, models, operator, module, name)
+
     # ---- updates ----
 
     def cascade(
@@ -390,8 +395,8 @@ class Lineage:
             Do not go on from a new version that fails its tests.
         """
         with self._catalog.read() as connection:
-            before, after = graph.resolve(connection, old), graph.resolve(connection, new)
-            left_out = skip if callable(skip) else {graph.resolve(connection, model) for model in skip}
+            before, after = resolved(connection, old), resolved(connection, new)
+            left_out = skip if callable(skip) else {resolved(connection, model) for model in skip}
             planned = cascade.plan(connection, self._workshop, before, after, left_out)
         if dry_run:
             return planned
@@ -459,7 +464,7 @@ class Lineage:
         limit : int
             Most candidates to return.
         """
-        state = _state_of(model)
+        state = adding.state_of(model)
         placing.catch_up(self._catalog, self._store)
         identity = manifest_id({key: tensor_id(tensor) for key, tensor in state.items()})
         with self._catalog.read() as connection:
@@ -471,45 +476,3 @@ def _checked(keys: Any) -> IntArray:
     if not len(checked):
         raise InvalidInput("no keys; give those of the samples, such as dataset.keys()[:10]")
     return checked
-
-
-def _state_of(model: Any) -> Mapping[str, torch.Tensor]:
-    """Return the tensors of what a user has."""
-    if isinstance(model, torch.nn.Module):
-        return model.state_dict()
-    if isinstance(model, Mapping):
-        return model
-    if isinstance(model, str | Path) and Path(model).suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            state: dict[str, torch.Tensor] = load_file(model)
-        except (OSError, SafetensorError) as error:
-            raise InvalidInput(f"{model} cannot be read: {error}") from None
-        return state
-    raise InvalidInput(f"{model!r:.80} is no model; pass an nn.Module, a state dict or the path of a .safetensors file")
-
-
-def _point(connection: sa.Connection, name: str, model: str, *, expected: str | None) -> None:
-    """Let a name mean a model, if it means `expected` now (None: nothing, or the model already)."""
-    now = connection.scalar(sa.select(names.c.model).where(names.c.name == name))
-    if now == model:
-        return
-    if now != expected:
-        what = "is free" if now is None else f"names model {now[:12]}"
-        hint = "" if now is None else f"; move it with name(model, {name!r}, instead_of={now[:12]!r})"
-        raise Conflict(f"the name {name!r} {what}{hint}")
-    if now is None:
-        connection.execute(sa.insert(names), {"name": name, "model": model, "changed_ns": time.time_ns()})
-    else:
-        connection.execute(sa.update(names).where(names.c.name == name).values(model=model, changed_ns=time.time_ns()))
-
-
-def _note(connection: sa.Connection, model: str, tags: Iterable[str], note: str | None) -> None:
-    if isinstance(tags, str):
-        raise InvalidInput(f"tags={tags!r} must be a list of text: tags=[{tags!r}]")
-    texts = [*(("tag", tag) for tag in tags), *([("note", note)] if note else [])]
-    rows = [{"model": model, "kind": kind, "text": text, "created_ns": time.time_ns()} for kind, text in texts]
-    if rows:
-        connection.execute(sa.insert(notes).prefix_with("OR IGNORE"), rows)

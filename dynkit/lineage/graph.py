@@ -11,35 +11,12 @@ from collections.abc import Collection, Iterable
 import networkx as nx
 import sqlalchemy as sa
 
-from dynkit.catalog import edges, models, names
-from dynkit.errors import NotFound, did_you_mean
+from dynkit.catalog import edges, models
 
-__all__ = ["KINDS", "acyclic", "all_edges", "common_ancestor", "in_order", "reachable", "resolve", "versions"]
+__all__ = ["KINDS", "above", "acyclic", "ages", "all_edges", "common_ancestor", "in_order", "reachable", "versions"]
 
 KINDS = ("derived", "version")
 _FEW = 500  # ids that one query may list
-
-
-def resolve(connection: sa.Connection, model: str) -> str:
-    """Return the identity of a model given by its name, its identity or a beginning of that which fits only one.
-
-    Raises
-    ------
-    NotFound
-    """
-    named = connection.scalar(sa.select(names.c.model).where(names.c.name == model))
-    exact = named or connection.scalar(sa.select(models.c.id).where(models.c.id == model))
-    if exact is not None:
-        return str(exact)
-    found: list[str] = []
-    if isinstance(model, str) and model:
-        query = sa.select(models.c.id).where(models.c.id.startswith(model, autoescape=True))
-        found = list(connection.scalars(query.limit(2)))
-    if len(found) == 1:
-        return found[0]
-    known = list(connection.scalars(sa.select(names.c.name).limit(1000)))
-    near = did_you_mean(str(model), known) if known else "; run.models() lists those of a run"
-    raise NotFound(f"{'more than one model begins' if found else 'no model is named or begins'} with {model!r}{near}")
 
 
 def reachable(
@@ -123,4 +100,12 @@ def acyclic(pairs: Iterable[tuple[str, str]], age: dict[str, tuple[int, str]]) -
         if len(together) > 1:
             inner = list(graph.subgraph(together).edges)
             graph.remove_edges_from((parent, child) for parent, child in inner if age[parent] > age[child])
+    return graph
+
+
+def above(connection: sa.Connection, some: set[str]) -> "nx.DiGraph[str]":
+    """Models and all they come from, by edges of both kinds, without cycles."""
+    found = some | reachable(connection, some, up=True, kinds=KINDS)
+    graph = acyclic(all_edges(connection, within=found), ages(connection, found))
+    graph.add_nodes_from(found)
     return graph

@@ -1,199 +1,187 @@
-"""Merge models: weights by an operator, or two lines of work that changed different layers.
+"""Merge two lines of work on one model, as version control merges two branches of a text.
 
-An operator is a frozen dataclass called with the state of the common ancestor and those of the models; it works on
-floating-point tensors, in float32 or better, and takes all others from the first model. Its name and parameters are
-the recipe of the merge, so an update of a parent can be carried through it.
+Layers that only one side changed since the common ancestor are taken from that side. A layer that both changed is a
+conflict. Where different layers were changed but the output of one reaches the other, it is a possible conflict:
+each side was tuned to what the other had before, so the registered tests decide. Layers that do not see each other,
+such as two heads of one body, merge without conflict.
+
+The three classes are those of W. Hao et al., "MGit: a model versioning and management system", ICML 2024.
 """
 
-import dataclasses
+import time
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Any
 
+import networkx as nx
 import torch
 
-from dynkit.errors import InvalidInput, did_you_mean
-from dynkit.policies import describe, snake_case
+from dynkit.catalog import Catalog
+from dynkit.data import Dataset
+from dynkit.errors import Conflict, InvalidInput
+from dynkit.lineage import structure, testing
+from dynkit.lineage.adding import commit
+from dynkit.lineage.display import Shown, short
+from dynkit.lineage.graph import common_ancestor
+from dynkit.lineage.operators import Layers, Mean, Operator, merged, recipe_of, same
+from dynkit.lineage.origins import Origin, origins_of
+from dynkit.lineage.rebuilding import Workshop
+from dynkit.lineage.structure import connected, layer_of
+from dynkit.lineage.testing import TestReport
+from dynkit.models import ModelStore
+from dynkit.policies import digest
 
-__all__ = ["OPERATORS", "Layers", "Mean", "Operator", "TaskArithmetic", "Ties", "merged"]
+__all__ = ["Merge", "compare", "merge"]
 
 State = Mapping[str, torch.Tensor]
 
 
-class Operator(Protocol):
-    """Merges models (at least one) that come from `base`."""
-
-    def __call__(self, base: State, models: Sequence[State], /) -> dict[str, torch.Tensor]: ...
-
-
-@dataclasses.dataclass(frozen=True)
-class Mean:
-    """Weighted mean of the models' weights, w = sum_k a_k w_k / sum_k a_k.
+@dataclass(frozen=True, repr=False)
+class Merge(Shown):
+    """How two models merge.
 
     Parameters
     ----------
-    weights : tuple of float or None
-        One for each model; None: all alike.
-
-    References
-    ----------
-    B. McMahan et al., "Communication-efficient learning of deep networks from decentralized data", AISTATS 2017,
-    algorithm 1; M. Wortsman et al., "Model soups", ICML 2022.
+    kind : str
+        ``"no conflict"``, ``"possible conflict"`` or ``"conflict"``; ``"operator"``: weights were merged by one.
+    base : str or None
+        The common ancestor.
+    models : tuple of str
+    changed : tuple of tuple of str
+        Layers that each of the models changed.
+    both : tuple of str
+        Layers that both changed, and not alike.
+    connections : tuple of (str, str)
+        Changed layers of different sides, the output of the first of which reaches the second.
+    model : str or None
+        The merged model; None: it was not stored, because there is a conflict or tests do not pass.
+    report : TestReport or None
+        Tests that decided about a possible conflict.
     """
 
-    weights: tuple[float, ...] | None = None
+    kind: str
+    base: str | None
+    models: tuple[str, ...]
+    changed: tuple[tuple[str, ...], ...] = ()
+    both: tuple[str, ...] = ()
+    connections: tuple[tuple[str, str], ...] = ()
+    model: str | None = None
+    report: TestReport | None = None
 
-    def __call__(self, base: State, models: Sequence[State]) -> dict[str, torch.Tensor]:
-        """Merge."""
-        weights = self.weights or (1.0,) * len(models)
-        if len(weights) != len(models) or not sum(weights):
-            raise InvalidInput(f"weights={weights} must be one number for each of {len(models)} models, sum not 0")
-        return _each(
-            models,
-            lambda name, tensors: (
-                sum((w * t for w, t in zip(weights, tensors, strict=True)), start=torch.tensor(0.0)) / sum(weights)
+    def parts(self) -> tuple[str, Sequence[str], Sequence[str], Sequence[Sequence[Any]]]:
+        """See `Shown`."""
+        facts = [f"common ancestor {short(self.base) or 'none'}", *self._advice()]
+        rows = [
+            *(("both", layer, "") for layer in self.both),
+            *(("connected", a, b) for a, b in self.connections),
+            *(
+                (short(model), layer, "")
+                for model, some in zip(self.models, self.changed, strict=False)
+                for layer in some
             ),
-        )
+        ]
+        result = f"merged as {short(self.model)}" if self.model else "not merged"
+        return f"{self.kind}: {result}", facts, ("changed by", "layer", "reaches"), rows
+
+    def _advice(self) -> list[str]:
+        if self.model is not None:
+            return []
+        if self.kind == "conflict":
+            return ["both changed the same layers; merge their weights: merge(a, b, operator=Ties())"]
+        if self.report is None or not len(self.report):
+            return ["no test applies; register one to decide: ws.lineage.register(function)"]
+        return ["tests do not pass on the merged model", *repr(self.report).splitlines()]
 
 
-@dataclasses.dataclass(frozen=True)
-class TaskArithmetic:
-    """Add what each model learned to the common ancestor: w = w_0 + scale * sum_k (w_k - w_0).
+def merge(
+    catalog: Catalog,
+    store: ModelStore,
+    workshop: Workshop,
+    models: tuple[str, ...],
+    operator: Operator | None,
+    module: torch.nn.Module | None,
+    name: str | None,
+) -> Merge:
+    """Merge models and store the result, if there is no conflict; see `Lineage.merge`."""
+    base: str | None = models[0]
+    with catalog.read() as connection:
+        for other in models[1:]:
+            base = None if base is None else common_ancestor(connection, base, other)
+    if operator is None and len(models) > 2:
+        raise InvalidInput(f"{len(models)} models merge with an operator only: operator=Ties()")
+    if base is None and not isinstance(operator, Mean):
+        raise Conflict("the models have no common ancestor; merge them with operator=Mean()")
+    if operator is not None:
+        return Merge("operator", base, models, model=_stored(store, operator, base, models, name))
+    assert base is not None
+    states = [store.load(one) for one in (base, *models)]
+    kind, details = compare(states[0], states[1], states[2], _flow(catalog, workshop, base, states[0], module))
+    merge = Merge(kind, base, models, **details)
+    if kind == "conflict":
+        return merge
+    if kind == "possible conflict":
+        report = _judged(catalog, Layers()(states[0], states[1:]), {base, *models})
+        merge = replace(merge, report=report)
+        if not len(report) or not all(one.passed for one in report):
+            return merge
+    return replace(merge, model=_stored(store, Layers(), base, models, name))
+
+
+def _stored(store: ModelStore, operator: Operator, base: str | None, models: tuple[str, ...], name: str | None) -> str:
+    """Store what an operator makes, with it as the recipe."""
+    recipe = recipe_of(operator)
+    parents = models if isinstance(operator, Mean) or base is None else (base, *models)
+    started_s = time.perf_counter()
+    state = merged(recipe, [store.load(parent) for parent in parents])
+    seconds = time.perf_counter() - started_s
+    origin = Origin("", "merged", parents, recipe=recipe, digest=digest(recipe), seconds=seconds)
+    return commit(store, state, replace(origin, created_ns=time.time_ns()), name=name)
+
+
+def _flow(
+    catalog: Catalog, workshop: Workshop, base: str, state: State, module: torch.nn.Module | None
+) -> "nx.DiGraph[str]":
+    """Trace the module; that of the run which made the common ancestor where none is given; else a chain."""
+    if module is None:
+        with catalog.read() as connection:
+            made = origins_of(connection, {base})
+        run = next((one.run for one in made if one.run is not None), None)
+        module = None if run is None else workshop.recipe(run).module()
+    return structure.chain(state) if module is None else structure.flow(module)
+
+
+def _judged(catalog: Catalog, state: State, relatives: set[str]) -> TestReport:
+    """Run the tests that apply to any of the relatives on a state that is not stored."""
+    with catalog.read() as connection:
+        pairs = testing.covering(connection, sorted(relatives), testing.registered(connection))
+    judged = []
+    for test in {test.name: test for _, test in pairs}.values():
+        dataset = None if test.dataset is None else Dataset(catalog, test.dataset)
+        passed, value, error = testing.judge(test, state, dataset)
+        judged.append(testing.Result("merged", test.name, passed, value, error, 0.0, remembered=False))
+    return TestReport(tuple(judged))
+
+
+def compare(base: State, a: State, b: State, flow: "nx.DiGraph[str]") -> tuple[str, dict[str, Any]]:
+    """Return the class of a merge, and the layers that decide it.
 
     Parameters
     ----------
-    scale : float
-
-    References
-    ----------
-    G. Ilharco et al., "Editing models with task arithmetic", ICLR 2023, section 2.
+    base, a, b : states
+    flow : DiGraph
+        Of layers; see `structure`.
     """
-
-    scale: float = 1.0
-
-    def __call__(self, base: State, models: Sequence[State]) -> dict[str, torch.Tensor]:
-        """Merge."""
-
-        def change(name: str, tensors: list[torch.Tensor]) -> torch.Tensor:
-            start = _wide(base[name])
-            return start + self.scale * sum((t - start for t in tensors), start=torch.zeros_like(start))
-
-        return _each(models, change)
-
-
-@dataclasses.dataclass(frozen=True)
-class Ties:
-    """Task arithmetic without interference: trim small changes, elect a sign for each weight, average those that agree.
-
-    Parameters
-    ----------
-    density : float
-        Share of each tensor's changes to keep, the largest ones, in (0, 1].
-    scale : float
-
-    References
-    ----------
-    P. Yadav et al., "TIES-Merging: resolving interference when merging models", NeurIPS 2023, algorithm 1. There the
-    share is of all weights together; here it is of each tensor, so that a large layer does not silence a small one.
-    """
-
-    density: float = 0.2
-    scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not 0 < self.density <= 1:
-            raise InvalidInput(f"density={self.density!r} must be in (0, 1]")
-
-    def __call__(self, base: State, models: Sequence[State]) -> dict[str, torch.Tensor]:
-        """Merge."""
-
-        def change(name: str, tensors: list[torch.Tensor]) -> torch.Tensor:
-            start = _wide(base[name])
-            trimmed = torch.stack([_largest(tensor - start, self.density) for tensor in tensors])
-            elected = torch.sign(trimmed.sum(0))
-            agreeing = torch.where(torch.sign(trimmed) == elected, trimmed, 0.0)
-            count = (agreeing != 0).sum(0).clamp_min(1)
-            return start + self.scale * agreeing.sum(0) / count
-
-        return _each(models, change)
-
-
-def _largest(change: torch.Tensor, density: float) -> torch.Tensor:
-    """Keep this share of the values, the largest in magnitude; set the others to 0."""
-    keep = max(1, round(density * change.numel()))
-    if keep >= change.numel():
-        return change
-    kept = change.abs().flatten().topk(keep).indices
-    mask = torch.zeros(change.numel(), dtype=torch.bool)
-    mask[kept] = True
-    return torch.where(mask.reshape(change.shape), change, 0.0)
-
-
-@dataclasses.dataclass(frozen=True)
-class Layers:
-    """Take every tensor from the one model that changed it; where none did, from the common ancestor.
-
-    Also tensors that one of the models added or removed. Two models that changed the same tensor, but not alike, are a
-    conflict.
-    """
-
-    def __call__(self, base: State, models: Sequence[State]) -> dict[str, torch.Tensor]:
-        """Merge."""
-        result: dict[str, torch.Tensor] = {}
-        for name in dict.fromkeys([*base, *(name for model in models for name in model)]):
-            changed = [model.get(name) for model in models if not same(base.get(name), model.get(name))]
-            if any(not same(changed[0], other) for other in changed[1:]):
-                raise InvalidInput(f"tensor {name!r} was changed by several of the models; merge with an operator")
-            value = changed[0] if changed else base.get(name)
-            if value is not None:
-                result[name] = value
-        return result
-
-
-def same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
-    """Whether two tensors are the same bits, or both are missing."""
-    if a is None or b is None:
-        return a is b
-    if a.dtype != b.dtype or a.shape != b.shape:
-        return False
-    return a is b or torch.equal(*(t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b))) or not a.numel()
-
-
-def _wide(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-def _each(models: Sequence[State], change: Any) -> dict[str, torch.Tensor]:
-    """Apply `change` to every floating-point tensor of models of one structure."""
-    first = models[0]
-    for other in models[1:]:
-        if {n: t.shape for n, t in first.items()} != {n: t.shape for n, t in other.items()}:
-            raise InvalidInput("the models have tensors of different names or shapes; merge those of one structure")
-    return {
-        name: change(name, [_wide(model[name]) for model in models]).to(tensor.dtype)
-        if tensor.is_floating_point()
-        else tensor
-        for name, tensor in first.items()
-    }
-
-
-OPERATORS: dict[str, type[Any]] = {snake_case(one.__name__): one for one in (Mean, TaskArithmetic, Ties, Layers)}
-
-
-def recipe_of(operator: Any) -> dict[str, Any]:
-    """Record of an operator: ``{"ties": {"density": 0.2, "scale": 1.0}}``."""
-    if type(operator) not in OPERATORS.values():
-        raise InvalidInput(
-            f"operator={operator!r} is not one of {', '.join(one.__name__ for one in OPERATORS.values())}"
-        )
-    described: dict[str, Any] = describe(operator)
-    return described
-
-
-def merged(recipe: Mapping[str, Any], states: Sequence[State]) -> dict[str, torch.Tensor]:
-    """Merge by a recorded operator; the first state is that of the common ancestor, unless it is a mean."""
-    (name, parameters), *_ = recipe.items()
-    if name not in OPERATORS:
-        raise InvalidInput(f"merge operator {name!r} is not known{did_you_mean(name, OPERATORS)}")
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in parameters.items()}
-    base, models = ({}, states) if name == "mean" else (states[0], states[1:])
-    return dict(OPERATORS[name](**values)(base, models))
+    names = dict.fromkeys([*base, *a, *b])
+    sides = [{name for name in names if not same(base.get(name), side.get(name))} for side in (a, b)]
+    apart = {layer_of(name) for name in names if name in sides[0] | sides[1] and not same(a.get(name), b.get(name))}
+    changed = [list(dict.fromkeys(layer_of(name) for name in names if name in side)) for side in sides]
+    both = [layer for layer in changed[0] if layer in changed[1] and layer in apart]
+    links = connected(
+        flow,
+        *(  # what both changed alike is no question
+            [layer for layer in side if layer in apart] for side in changed
+        ),
+    )
+    kind = "conflict" if both else "possible conflict" if links else "no conflict"
+    details = {"changed": tuple(map(tuple, changed)), "both": tuple(both), "connections": tuple(links)}
+    return kind, details

@@ -21,7 +21,7 @@ from dynkit.catalog import Catalog, edges, origins, recipes
 from dynkit.data import Dataset, Version
 from dynkit.errors import InvalidInput, NotFound
 from dynkit.evaluation.matrix import Scored
-from dynkit.lineage.merging import merged
+from dynkit.lineage.operators import merged
 from dynkit.lineage.origins import Origin
 from dynkit.lineage.samples import content, read_selection, without
 from dynkit.lineage.storing import put

@@ -15,11 +15,7 @@ from dynkit.catalog import (
     names,
     notes,
     origins,
-    recipes,
-    results,
     runs,
-    sketches,
-    tokens,
     triggers,
 )
 from dynkit.lineage.origins import Origin
@@ -156,10 +152,8 @@ def _remove(connection: sa.Connection, model: str, instead: str | None) -> None:
         if rows:
             moved = [{**row._asdict(), "model": instead} for row in rows]
             connection.execute(sa.insert(notes).prefix_with("OR IGNORE"), moved)
-    number = connection.scalar(sa.select(sketches.c.number).where(sketches.c.model == model))
-    connection.execute(sa.delete(tokens).where(tokens.c.number == number))
     connection.execute(sa.delete(edges).where(sa.or_(edges.c.parent == model, edges.c.child == model)))
-    for table in (names, notes, sketches, recipes, results, evaluations, origins):
+    for table in (names, evaluations):
         connection.execute(sa.delete(table).where(table.c.model == model))
     connection.execute(sa.delete(models).where(models.c.id == model))
 

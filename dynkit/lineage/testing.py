@@ -7,7 +7,7 @@ means that it cannot tell. With a dataset it is called with the state and the da
 import fnmatch
 import math
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,14 +16,26 @@ import numpy as np
 import sqlalchemy as sa
 import torch
 
-from dynkit.catalog import Catalog, names, notes, results, tests
+from dynkit.catalog import Catalog, models, names, notes, results, tests
 from dynkit.data import Dataset
 from dynkit.errors import InvalidInput, NotFound, did_you_mean
 from dynkit.lineage.display import Shown, short
+from dynkit.lineage.graph import in_order
 from dynkit.models import ModelStore
 from dynkit.policies import digest
 
-__all__ = ["ModelTest", "Result", "TestReport", "as_test", "covering", "judge", "register", "registered", "run"]
+__all__ = [
+    "ModelTest",
+    "Result",
+    "TestReport",
+    "as_test",
+    "chosen",
+    "covering",
+    "judge",
+    "register",
+    "registered",
+    "run",
+]
 
 State = Mapping[str, torch.Tensor]
 
@@ -93,6 +105,9 @@ class TestReport(Shown):
 
     def __len__(self) -> int:
         return len(self.results)
+
+    def __iter__(self) -> Iterator[Result]:
+        return iter(self.results)
 
     def __getitem__(self, i: int) -> Result:
         return self.results[i]
@@ -174,6 +189,18 @@ def registered(connection: sa.Connection, only: Collection[str] | None = None) -
         if name not in found:
             raise NotFound(f"no test is called {name!r}{did_you_mean(name, found)}")
     return [test for name, test in found.items() if only is None or name in only]
+
+
+def chosen(
+    connection: sa.Connection, some: set[str] | None, wanted: Sequence[str] | None
+) -> list[tuple[str, ModelTest]]:
+    """Pair models (None: all) with tests of these names (None: those that apply), parents first."""
+    if some is None:
+        some = set(connection.scalars(sa.select(models.c.id)))
+    order = in_order(connection, some)
+    if wanted is None:
+        return covering(connection, order, registered(connection))
+    return [(model, test) for model in order for test in registered(connection, wanted)]
 
 
 def covering(

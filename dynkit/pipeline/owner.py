@@ -234,7 +234,7 @@ class Owner:
             self._update(connection, state=policies)
             committed.append((done, insert_event(connection, self.run, "trained", {**event, "model": model})))
 
-        self.store.add(state, also)
+        self.store.put(state, [parent] if parent else [], also=also)
         self.committed.append(committed[0][0])
         return committed[0]
 

@@ -24,7 +24,7 @@ from dynkit.lineage import placing
 def grown(path: Path, n: int) -> tuple[dk.Workspace, list[str]]:
     """A workspace with a graph of n models, grown in the order of time."""
     ws = dk.Workspace(path)
-    ws.models.add({"w": torch.zeros(1)})
+    ws.models.put({"w": torch.zeros(1)})
     rng = np.random.default_rng(0)
     ids = [rng.bytes(32).hex() for _ in range(n)]
     with ws.catalog.write() as connection:
