@@ -172,8 +172,27 @@ class Run:
         last = pl.from_epoch("last_ns", time_unit="ns").dt.replace_time_zone("UTC").alias("last_timestamp")
         return frame.select("index", last, pl.exclude("index", "last_ns")).with_columns(reports)
 
+    def decisions(self) -> pl.DataFrame:
+        """Return what triggers saw each time they looked, whether they fired or not.
+
+        Returns
+        -------
+        pl.DataFrame
+            Columns timestamp (of the last sample seen), position, trigger, score, threshold, fired, and what else a
+            trigger reported; null where it did not. Triggers that only count report nothing.
+        """
+        found = [event.data for event in self.events() if event.kind == "decided"]
+        first: dict[str, Any] = {"timestamp": pl.Datetime("ns", "UTC"), "position": pl.Int64, "trigger": pl.String}
+        first |= {"score": pl.Float64, "threshold": pl.Float64, "fired": pl.Boolean}
+        rows = [{**one, "timestamp": one["at_ns"]} for one in found]
+        more = {name: None for one in found for name in one if name not in first and name != "at_ns"}
+        columns = {name: [row.get(name) for row in rows] for name in (*first, *more)}
+        return pl.DataFrame(
+            [pl.Series(name, values, dtype=first.get(name), strict=False) for name, values in columns.items()]
+        )
+
     def selection(self, index: int) -> pl.DataFrame:
-        """Keys (and weights, if there were any) that trigger `index` trained on.
+        """Return the samples that trigger `index` trained on: key, and weight, epoch and score where there were any.
 
         Raises
         ------
