@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from dynkit.evaluation import Evaluation, metrics, windows
     from dynkit.pipeline import Pipeline, Run
     from dynkit.pipeline.compare import compare
+    from dynkit.pipeline.sweep import sweep
     from dynkit.pipeline.what_if import what_if
     from dynkit.training import Training
     from dynkit.types import Event, Window
@@ -39,6 +40,7 @@ __all__ = [
     "plots",
     "selection",
     "streams",
+    "sweep",
     "triggers",
     "what_if",
     "windows",
@@ -60,6 +62,7 @@ _HOME = {
     "plots": "dynkit.plots:",
     "selection": "dynkit.selection:",
     "streams": "dynkit.streams:",
+    "sweep": "dynkit.pipeline.sweep:sweep",
     "triggers": "dynkit.triggers:",
     "what_if": "dynkit.pipeline.what_if:what_if",
     "windows": "dynkit.evaluation.windows:",

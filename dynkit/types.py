@@ -7,12 +7,12 @@ built-in ones and a user's own function have in common.
 import datetime as dt
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 import polars as pl
 
-from dynkit.time import to_datetime
+from dynkit.time import IntArray, to_datetime
 
 if TYPE_CHECKING:
     import torch
@@ -147,6 +147,13 @@ class RunView(Protocol):
     def model(self) -> "torch.nn.Module | None":
         """The newest model, on the run's device in evaluation mode; None before the first trigger."""
 
+    @property
+    def epochs(self) -> int:
+        """Number of passes that a training of the pipeline makes over its samples."""
+
+    def arrived(self, keys: Any) -> IntArray:
+        """Return the index of the trigger that was the first to see each sample (N,); see `Trained`."""
+
     def held_out(self, table: pl.DataFrame) -> "np.ndarray[Any, np.dtype[np.bool_]]":
         """Which rows of a table no training may see, because a holdout of the dataset has them (N,) bool."""
 
@@ -188,8 +195,8 @@ class BatchSelection(Protocol):
     """Decides by their scores which samples of a batch to train on; `kind` as in `dynkit.training.scores`."""
 
     @property
-    def kind(self) -> str:
-        """Which score: loss, grad_norm, margin, least_confidence or entropy."""
+    def kind(self) -> Literal["loss", "grad_norm", "margin", "least_confidence", "entropy"]:
+        """Which score."""
 
     def choose(self, scores: "torch.Tensor", rng: "torch.Generator", /) -> "tuple[torch.Tensor, torch.Tensor | None]":
         """Rows (k,) int64 out of scores (N,), and their weights (k,) or None for equal ones."""

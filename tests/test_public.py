@@ -24,6 +24,7 @@ def test_public_names_are_these() -> None:
         "plots",
         "selection",
         "streams",
+        "sweep",
         "triggers",
         "what_if",
         "windows",

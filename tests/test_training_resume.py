@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -84,12 +85,22 @@ def train_once(
     return model.state_dict(), context.history
 
 
-@pytest.mark.parametrize("amp", [False, "fp16"])
+@dataclass(frozen=True)
+class Drawn:
+    """Samples of a batch, by chance."""
+
+    kind: str = "loss"
+
+    def choose(self, scores: torch.Tensor, rng: torch.Generator) -> tuple[torch.Tensor, None]:
+        return torch.multinomial(scores, len(scores) // 2, generator=rng), None
+
+
+@pytest.mark.parametrize("more", [{}, {"amp": "fp16"}, {"batch_selection": Drawn()}])
 @pytest.mark.parametrize("kill_at", [5, 9, 17, 22, 41, 60])  # batches of 20 an epoch; the 7th, rounded up, is saved
 def test_a_training_goes_on_from_any_batch_to_the_same_end(
-    dataset: dk.Dataset, tmp_path: Path, kill_at: int, amp: Any
+    dataset: dk.Dataset, tmp_path: Path, kill_at: int, more: dict[str, Any]
 ) -> None:
-    training = Training(**EVERYTHING, amp=amp)
+    training = Training(**EVERYTHING, **more)
     expected, history = train_once(dataset, tmp_path / "undisturbed", training)
     path = tmp_path / "state"
     with pytest.raises(Killed):

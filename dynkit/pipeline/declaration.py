@@ -77,14 +77,14 @@ class Pipeline:
         object.__setattr__(self, "trigger", as_trigger(self.trigger))
         object.__setattr__(self, "selection", as_selection(self.selection))
 
-    def replay(self, *, live: bool = False) -> Iterator[Event]:
+    def replay(self, *, live: bool = False, reuse: bool = False) -> Iterator[Event]:
         """Run here and now; each iteration does the next step and yields its event.
 
         Leaving the iteration early interrupts the run; ``ws.run(event.run).resume()`` continues it in the background.
 
         Parameters
         ----------
-        live : bool
+        live, reuse : bool
             See `start`.
 
         Yields
@@ -94,10 +94,10 @@ class Pipeline:
         """
         from dynkit.pipeline.replay import replay
 
-        pipeline, run = self._register(live=live)
+        pipeline, run = self._register(live=live, reuse=reuse)
         yield from replay(lambda _: pipeline, Owner(self.dataset.catalog, run))
 
-    def start(self, *, live: bool = False) -> Run:
+    def start(self, *, live: bool = False, reuse: bool = False) -> Run:
         """Run in a process of its own that owns the device; return the handle at once.
 
         Parameters
@@ -105,8 +105,11 @@ class Pipeline:
         live : bool
             Go on with every version that is committed: samples are seen in the order of their arrival, and training
             happens as they come. `Run.finish` ends it with the evaluation.
+        reuse : bool
+            Where a run of this workspace has trained the same model on the same samples from the same parent with the
+            same settings and seed, take what came out; where one is at it, wait for it. Not with `carry_optimizer`.
         """
-        _, run = self._register(live=live)
+        _, run = self._register(live=live, reuse=reuse)
         return Run(self.dataset.catalog, run)._spawn()
 
     def digest(self) -> str:
@@ -118,9 +121,11 @@ class Pipeline:
         parts = {name: describe(getattr(self, name)) for name in ("model", "trigger", "selection", "seed")}
         return {"dataset": self.dataset.name, **parts, **describe(self.training), **describe(self.evaluation)}
 
-    def _register(self, *, live: bool) -> tuple["Pipeline", str]:
+    def _register(self, *, live: bool, reuse: bool) -> tuple["Pipeline", str]:
         """Make the run in the catalog; return the pipeline at the dataset's present version, and the run's id."""
         pipeline = dataclasses.replace(self, dataset=self.dataset.at(self.dataset.version))
+        if reuse and self.training.carry_optimizer:
+            raise InvalidInput("reuse=True keeps no optimizer for carry_optimizer=True; use one of them")
         catalog = self.dataset.catalog
         run = new_id()
         parts = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "dataset"}
@@ -132,7 +137,7 @@ class Pipeline:
             digest=digest([pipeline.digest(), run]) if live else pipeline.digest(),  # no other run equals a live one
             dataset=self.dataset.name,
             version=pipeline.dataset.version,
-            description={**self.describe(), **({"live": True} if live else {})},
+            description={**self.describe(), **({"live": True} if live else {}), **({"reuse": True} if reuse else {})},
         )
         note(Run(catalog, run))
         return pipeline, run

@@ -17,9 +17,10 @@ import sqlalchemy as sa
 from dynkit import catalog as tables
 from dynkit import html
 from dynkit.catalog import Catalog
-from dynkit.errors import Conflict, NotFound, StorageError, WaitTimeout, did_you_mean
+from dynkit.errors import Conflict, NotFound, WaitTimeout, did_you_mean
 from dynkit.evaluation.composite import CompositeKind, composite, mean_scores
 from dynkit.evaluation.transfer import transfer
+from dynkit.lineage.samples import read_selection
 from dynkit.pipeline.owner import trained_of
 from dynkit.pipeline.process import ACTIVE, identity, true_status
 from dynkit.pipeline.scores import read_scores
@@ -27,7 +28,7 @@ from dynkit.pipeline.spawn import log_tail, spawn
 from dynkit.time import to_datetime
 from dynkit.types import Event, Trained
 
-__all__ = ["Run", "Runs"]
+__all__ = ["Run", "Runs", "find"]
 
 _POLL_S = 0.1
 _REAPING_S = 1.0  # how long the process that started a worker may take to note its end
@@ -178,13 +179,10 @@ class Run:
         ------
         NotFound
         """
-        path = self.folder / "selections" / f"{index:06d}.arrow"
-        if not 0 <= index < len(self.trained):
-            raise NotFound(f"run {self.id} has no trigger {index}; it has {len(self.trained)}")
-        try:
-            return pl.read_ipc(path)
-        except (OSError, pl.exceptions.PolarsError) as error:
-            raise StorageError(f"the selection {path} cannot be read: {error}") from error
+        indexes = [one.index for one in self.trained]
+        if index not in indexes:
+            raise NotFound(f"run {self.id} has no trigger {index}; it has {len(indexes)}")
+        return read_selection(self._catalog.root, self.id, index)
 
     def matrix(self, slice: str = "") -> pl.DataFrame:
         """Scores of all models in all windows: window_start, window_end, model, metric, value.
@@ -380,3 +378,13 @@ class Runs(list[Run]):
 
     def _repr_html_(self) -> str:
         return html.table(self.columns, self.rows_as_text(), numbers=("progress", "models"))
+
+
+def find(catalog: Catalog, digest: str) -> Run | None:
+    """Return the newest run of a pipeline's digest that is going, done or can go on, if any."""
+    runs = tables.runs
+    query = sa.select(runs.c.id).where(runs.c.digest == digest).order_by(runs.c.created_ns.desc())
+    with catalog.read() as connection:
+        ids = connection.scalars(query).all()
+    found = (Run(catalog, id) for id in ids)
+    return next((run for run in found if run.status in ("running", "paused", "interrupted", "finished")), None)

@@ -14,9 +14,10 @@ from dynkit.errors import Conflict
 from dynkit.models import ModelStore
 from dynkit.pipeline.stream import Stream
 from dynkit.policies import as_positions
-from dynkit.time import to_datetime
-from dynkit.training import FitContext, fit, scores, seeded
+from dynkit.time import IntArray, to_datetime
+from dynkit.training import scores, seeded
 from dynkit.training.scores import ScoreKind
+from dynkit.training.train import Task, train
 from dynkit.types import Trained, Trigger
 
 if TYPE_CHECKING:
@@ -93,6 +94,16 @@ class View:
         """See `RunView`."""
         return self._stream.table.head(self._past_rows)
 
+    @property
+    def epochs(self) -> int:
+        """See `RunView`."""
+        return self._pipeline.training.epochs
+
+    def arrived(self, keys: Any) -> IntArray:
+        """See `RunView`."""
+        ends = [self._stream.row(trained.position) for trained in self.trained]
+        return np.searchsorted(ends, self._stream.place(as_keys(keys)), side="right")
+
     def held_out(self, table: pl.DataFrame) -> "np.ndarray[Any, np.dtype[np.bool_]]":
         """See `RunView`."""
         return held_out(table, self._stream.version.manifest["splits"])
@@ -129,11 +140,10 @@ class View:
 
     def fit(self, keys: Any, *, seed: int) -> nn.Module:
         """See `RunView`."""
-        training = self._pipeline.training
+        task = Task(self._pipeline.training, seed, as_keys(keys))
         with seeded(seed):
             model = self._pipeline.model().to(self._device)
-            batches = self._batches(keys, shuffle=True, seed=seed, last="join", batch_size=training.batch_size)
-            (training.fit or fit)(model, batches, FitContext(training, self._device))
+            train(model, self._stream.version, task, device=self._device, on_batch=self._on_batch)
         return model.eval()
 
     def report(self, position: int, **numbers: Any) -> None:
@@ -152,15 +162,14 @@ class View:
             raise Conflict("the run has no model yet; a policy can ask run.model is None first")
         return found
 
-    def _batches(self, keys: Any, **options: Any) -> Batches:
-        options = {"batch_size": self._pipeline.evaluation.batch_size, **options}
+    def _batches(self, keys: Any) -> Batches:
         return Batches(
             self._stream.version,
             as_keys(keys),
+            batch_size=self._pipeline.evaluation.batch_size,
             device=self._device,
             on_batch=self._on_batch,
             cache_bytes=self._pipeline.training.cache_bytes,
-            **options,
         )
 
     def move(self, seen: int, *, since: int | None = None, past: int | None = None) -> None:

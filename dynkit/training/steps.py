@@ -16,11 +16,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from dynkit.data import Batch
-from dynkit.data.batches import length_of
-from dynkit.errors import TrainingError
+from dynkit.data.batches import length_of, take_batch
+from dynkit.errors import PolicyError, TrainingError
 from dynkit.training.losses import predict
 from dynkit.training.optimizers import make_optimizers, make_schedulers, step_schedulers
+from dynkit.training.scores import per_sample
 from dynkit.training.settings import Training
+from dynkit.types import BatchSelection
 
 if TYPE_CHECKING:
     from dynkit.training.fit import FitContext
@@ -63,6 +65,9 @@ class Steps:
         if training.ema is not None:
             self._average = AveragedModel(self._model, multi_avg_fn=partial(_average, training.ema))
 
+        self._rng = torch.Generator(device).manual_seed(torch.initial_seed())
+        self.kept = 0  # samples of this epoch that were trained on
+
     @property
     def result(self) -> nn.Module:
         """The model whose weights count: the average, if there is one."""
@@ -71,12 +76,14 @@ class Steps:
     def __call__(self, batches: list[Batch]) -> torch.Tensor:
         """Take one step on some batches; return their mean loss (this process's part of it), on the device."""
         training = self._context.training
+        if training.batch_selection is not None:
+            batches = [self._chosen(batch, training.batch_selection) for batch in batches]
         for optimizer in self._optimizers:
             optimizer.zero_grad(set_to_none=True)
         losses = []
         for batch, share in zip(batches, self._shares(batches), strict=True):
             with self._apart(batch is not batches[-1]):
-                with torch.autocast(self._context.device.type, dtype=self._half, enabled=bool(training.amp)):
+                with self._autocast():
                     loss = self._context.loss(predict(self._forward, batch), batch)
                 if share is not None:
                     loss = loss * share
@@ -94,9 +101,35 @@ class Steps:
             self._average.update_parameters(self._model)
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
+    def _chosen(self, batch: Batch, selection: BatchSelection) -> Batch:
+        """Score a batch as the model is, and keep what the selection chooses."""
+        self._model.eval()
+        with torch.no_grad(), self._autocast():
+            outputs = predict(self._model, batch)
+        self._model.train()
+        scores = per_sample(selection.kind, outputs, batch["label"], self._context.training.loss)
+        try:
+            rows, weights = selection.choose(scores, self._rng)
+        except RuntimeError as error:
+            if torch.isfinite(scores).all():
+                raise
+            raise TrainingError(f"scores of a batch ({selection.kind}) are not finite, as its loss: {error}") from None
+        if not len(rows):
+            raise PolicyError(f"{selection!r} chose no sample out of {len(scores)}")
+        chosen = take_batch(batch, rows)
+        if weights is not None:
+            chosen["weight"] = chosen["weight"] * weights if "weight" in chosen else weights
+        self.kept += len(rows)
+        return chosen
+
+    def _autocast(self) -> torch.autocast:
+        enabled = bool(self._context.training.amp)
+        return torch.autocast(self._context.device.type, dtype=self._half, enabled=enabled)
+
     def end_epoch(self, loss: float) -> None:
         """Tell the schedules that follow the loss."""
         step_schedulers(self._schedulers, loss)
+        self.kept = 0
 
     def _shares(self, batches: list[Batch]) -> Iterable[torch.Tensor | None]:
         """Factor of each batch's mean loss; None where there is one batch in one process.
@@ -123,7 +156,7 @@ class Steps:
         """Add numbers up over all processes."""
         if self._context.part[1] == 1:
             return list(values)
-        tensor = torch.tensor(values, device=self._context.device)
+        tensor = torch.tensor(values, dtype=torch.float64, device=self._context.device)
         torch.distributed.all_reduce(tensor)
         return [float(value) for value in tensor.tolist()]
 
@@ -137,6 +170,8 @@ class Steps:
             "model": self._model.state_dict(),
             "average": None if self._average is None else self._average.state_dict(),
             "scaler": self._scaler.state_dict(),
+            "random": self._rng.get_state(),
+            "kept": self.kept,
             "stateful": [one.state_dict() for one in self._stateful],
         }
 
@@ -146,6 +181,8 @@ class Steps:
         if self._average is not None:
             self._average.load_state_dict(state["average"])
         self._scaler.load_state_dict(state["scaler"])
+        self._rng.set_state(state["random"])
+        self.kept = state["kept"]
         for one, values in zip(self._stateful, state["stateful"], strict=True):
             one.load_state_dict(values)
 
