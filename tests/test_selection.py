@@ -2,6 +2,7 @@
 
 import copy
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from streams import make_frame, make_model, make_pipeline, replayed
+from test_docs import DOCS, blocks_of
 
 import dynkit as dk
 from dynkit import selection, testing
@@ -335,3 +337,23 @@ def test_the_same_seed_selects_the_same_samples_in_another_run(ws: dk.Workspace,
     first, second = ([run.selection(i) for i in range(6)] for run in runs)
     assert all(a.equals(b) for a, b in zip(first, second, strict=True))
     assert first[3]["weight"].n_unique() > 50
+
+
+def test_the_guide_of_selections_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"__name__": "__main__"}
+    composing, running, own = blocks_of("choose-samples.md")
+    exec(composing, names)
+    body, last = running.strip().rsplit("\n", 1)
+    exec(body, names)
+    chosen = eval(last, names)
+    assert chosen.height == 500 and (chosen["key"] >= 2000).all()
+    assert chosen["weight"].n_unique() > 400
+    exec(own, names)
+    pool = STREAM.with_columns(length=pl.col("key") % 97)
+    assert picked(names["longest"], pool, [300])["weight"].max() == 9.6
+
+
+def test_the_guide_names_every_selection() -> None:
+    guide = (DOCS / "guides" / "choose-samples.md").read_text()
+    assert [name for name in selection.__all__ if f"{name}" not in guide] == []

@@ -179,6 +179,7 @@ def test_a_prior_shift_moves_classes_and_leaves_each_as_it_was() -> None:
         x = [part[y == k] for part, y in zip(np.split(stream.x, [drift]), np.split(stream.y, [drift]), strict=True)]
         assert min(stats.ks_2samp(x[0][:, i], x[1][:, i]).pvalue for i in range(3)) > 0.001
     assert len(np.unique(stream.x, axis=0)) == len(stream)
+    assert stream.frame["concept"].to_list() == [0] * drift + [1] * (len(stream) - drift)
     plain = S.prior_shift(source)
     first, second = (np.bincount(part) / len(part) for part in np.split(plain.y, plain.drifts))
     assert first == pytest.approx([0.25] * 4, abs=0.02)
