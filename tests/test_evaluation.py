@@ -428,6 +428,15 @@ def test_slices_leave_all_else_as_it_was(ws: dk.Workspace) -> None:
     for read in (dk.Run.matrix, dk.Run.composite, dk.Run.scores, dk.Run.transfer):
         assert read(run).equals(read(plain))
     assert dk.compare([run]).frame["windows"].to_list() == dk.compare([plain]).frame["windows"].to_list()
+    a, b = (one.model for one in run.trained[:2])
+    assert ws.lineage.show(a).metrics.filter(run=run.id)["windows"].unique().to_list() == [7]
+    difference = dict(ws.lineage.diff(a, b).scores.select("name", "difference").iter_rows())
+    means = run.matrix().group_by("model", "metric").agg(pl.col("value").mean())
+    expected = {
+        row["metric"]: row["b"] - row["a"]
+        for row in means.pivot("model", index="metric", values="value").select("metric", a=a, b=b).to_dicts()
+    }
+    assert difference == pytest.approx(expected)
     assert dk.plots.matrix(run.matrix("place=hall")).svg().startswith("<svg")
     assert plain.slices().height == 0
     parts = run.slices().filter(pl.col("slice").str.starts_with("place"), metric="accuracy")
