@@ -11,11 +11,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dynkit import drift, errors, plots, selection, triggers
+    from dynkit import drift, errors, plots, selection, streams, testing, triggers
     from dynkit.data import Dataset
     from dynkit.evaluation import Evaluation, metrics, windows
     from dynkit.pipeline import Pipeline, Run
     from dynkit.pipeline.compare import compare
+    from dynkit.pipeline.sweep import sweep
+    from dynkit.pipeline.what_if import what_if
     from dynkit.training import Training
     from dynkit.types import Event, Window
     from dynkit.workspace import Workspace
@@ -37,7 +39,11 @@ __all__ = [
     "metrics",
     "plots",
     "selection",
+    "streams",
+    "sweep",
+    "testing",
     "triggers",
+    "what_if",
     "windows",
 ]
 
@@ -56,7 +62,11 @@ _HOME = {
     "metrics": "dynkit.evaluation.metrics:",
     "plots": "dynkit.plots:",
     "selection": "dynkit.selection:",
+    "streams": "dynkit.streams:",
+    "sweep": "dynkit.pipeline.sweep:sweep",
+    "testing": "dynkit.testing:",
     "triggers": "dynkit.triggers:",
+    "what_if": "dynkit.pipeline.what_if:what_if",
     "windows": "dynkit.evaluation.windows:",
 }
 

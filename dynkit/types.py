@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 import polars as pl
 
-from dynkit.time import to_datetime
+from dynkit.time import IntArray, to_datetime
 
 if TYPE_CHECKING:
     import torch
@@ -146,6 +146,13 @@ class RunView(Protocol):
     @property
     def model(self) -> "torch.nn.Module | None":
         """The newest model, on the run's device in evaluation mode; None before the first trigger."""
+
+    @property
+    def epochs(self) -> int:
+        """Number of passes that a training of the pipeline makes over its samples."""
+
+    def arrived(self, keys: Any) -> IntArray:
+        """Return the index of the trigger that was the first to see each sample (N,); see `Trained`."""
 
     def held_out(self, table: pl.DataFrame) -> "np.ndarray[Any, np.dtype[np.bool_]]":
         """Which rows of a table no training may see, because a holdout of the dataset has them (N,) bool."""

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from dynkit.data import Dataset, create, ingest
 from dynkit.lineage import Lineage
 from dynkit.models import ModelStore
 from dynkit.pipeline import Pipeline, Run, Runs
+from dynkit.pipeline.recipe import Recipe
+from dynkit.pipeline.run import find
 
 __all__ = ["Workspace"]
 
@@ -45,7 +48,7 @@ class Workspace:
     def __init__(self, path: str | os.PathLike[str] | None = None, *, storage: str | None = None) -> None:
         self.catalog = Catalog(path, storage)
         self.models = ModelStore(self.catalog)
-        self.lineage = Lineage(self.catalog)
+        self.lineage = Lineage(self.catalog, self.models, partial(Recipe, self.catalog))
 
     @property
     def path(self) -> Path:
@@ -175,9 +178,4 @@ class Workspace:
 
     def find(self, pipeline: Pipeline) -> Run | None:
         """Return the newest run of an equal pipeline on the same samples that is going, done or can go on, if any."""
-        runs = tables.runs
-        query = sa.select(runs.c.id).where(runs.c.digest == pipeline.digest()).order_by(runs.c.created_ns.desc())
-        with self.catalog.read() as connection:
-            ids = connection.scalars(query).all()
-        found = (Run(self.catalog, id) for id in ids)
-        return next((run for run in found if run.status in ("running", "paused", "interrupted", "finished")), None)
+        return find(self.catalog, pipeline.digest())

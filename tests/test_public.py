@@ -23,7 +23,11 @@ def test_public_names_are_these() -> None:
         "metrics",
         "plots",
         "selection",
+        "streams",
+        "sweep",
+        "testing",
         "triggers",
+        "what_if",
         "windows",
     ]
     assert all(getattr(dk, name) is not None for name in dk.__all__)

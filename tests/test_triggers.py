@@ -379,7 +379,8 @@ def test_drift_is_found_in_the_look_after_the_change(tmp_path, on: str, metric: 
 def test_the_same_drift_is_seen_once_because_the_reference_moves(tmp_path) -> None:
     run, told = drifts(tmp_path, Drift(every=500, on="fields", criterion=Threshold(0.05), current=500, reference=500))
     assert [trained.position for trained in run.trained] == [500, 2500]
-    assert [one["since"] for one in told[1:]] == [500, 1000, 1500, 2000, 500, 1000, 1500]
+    assert [one["reference"] for one in told[1:]] == [[0, 500]] * 4 + [[2000, 2500]] * 3
+    assert [one["current"] for one in told[1:]] == [[end - 500, end] for end in range(1000, 4001, 500)]
 
 
 def test_windows_are_the_newest_samples_before_and_after_the_training(tmp_path) -> None:
@@ -450,3 +451,28 @@ def test_a_run_with_drift_continues_to_the_same_end(tmp_path) -> None:
     assert again.trained[-1].model == whole.trained[-1].model
     assert [e.data for e in again.events() if e.kind == "decided"] == told
     assert len(whole.trained) > 4
+
+
+# -- what can be seen of it ---------------------------------------------------------------------------------------
+
+
+def test_decisions_can_be_read_and_drawn(tmp_path) -> None:
+    trigger = any_of(
+        Drift(every=500, on="fields", criterion=Threshold(0.05), current=500, reference=500),
+        Performance(every=1000, criterion=Threshold(0.3)),
+    )
+    run, told = drifts(tmp_path, trigger)
+    frame = run.decisions()
+    assert frame.columns[:6] == ["timestamp", "position", "trigger", "score", "threshold", "fired"]
+    assert frame.height == len(told)
+    fired = frame.filter("fired")
+    assert set(fired["position"]) == {trained.position for trained in run.trained}
+    times = shifted()["when"].dt.replace_time_zone("UTC").cast(pl.Datetime("ns", "UTC"))
+    assert frame["timestamp"].equals(times[frame["position"] - 1], check_names=False)
+    picture = dk.plots.decisions(frame)
+    assert picture.svg().startswith("<svg")
+    assert len(picture.chart.to_dict()["vconcat"]) == 2
+    counted = replayed(make_pipeline(dk.Dataset(run._catalog, "s"), trigger=Amount(1000)))
+    assert counted.decisions().is_empty()
+    with pytest.raises(InvalidInput, match="only count"):
+        dk.plots.decisions(counted.decisions())

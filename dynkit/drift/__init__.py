@@ -9,7 +9,9 @@ current) -> float``, 0 where nothing changed; those of `METRICS` also know how l
 from dynkit.drift.accuracy import AccuracyEstimate, estimate_accuracy, label_shift_weights
 from dynkit.drift.columns import columns
 from dynkit.drift.criteria import Decision, DynamicQuantile, DynamicRollingAverage, PValue, Threshold
+from dynkit.drift.error_streams import DDM, EDDM, HDDM_A, HDDM_W
 from dynkit.drift.kernels import MMD, BlockMMD, Energy
+from dynkit.drift.loss import LossEstimate, estimate_loss
 from dynkit.drift.marginals import (
     JS,
     KS,
@@ -21,10 +23,17 @@ from dynkit.drift.marginals import (
     Wasserstein,
 )
 from dynkit.drift.metrics import METRICS, Classifier, Coverage, DriftTest, Reference, prepared, resolve, test
+from dynkit.drift.streams import ADWIN, KSWIN, PageHinkley, as_detector
 
 __all__ = [
+    "ADWIN",
+    "DDM",
+    "EDDM",
+    "HDDM_A",
+    "HDDM_W",
     "JS",
     "KS",
+    "KSWIN",
     "METRICS",
     "MMD",
     "PSI",
@@ -39,14 +48,18 @@ __all__ = [
     "DynamicRollingAverage",
     "Energy",
     "Hellinger",
+    "LossEstimate",
     "PValue",
+    "PageHinkley",
     "PredictedClasses",
     "Reference",
     "SlicedWasserstein",
     "Threshold",
     "Wasserstein",
+    "as_detector",
     "columns",
     "estimate_accuracy",
+    "estimate_loss",
     "label_shift_weights",
     "prepared",
     "resolve",

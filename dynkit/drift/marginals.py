@@ -18,6 +18,7 @@ from dynkit.errors import check_whole
 
 __all__ = ["JS", "KS", "PSI", "CramerVonMises", "Hellinger", "PredictedClasses", "SlicedWasserstein", "Wasserstein"]
 
+_BINS = 10
 _CELLS = 1 << 25  # of rows and bins at once
 
 
@@ -141,7 +142,10 @@ class SlicedWasserstein:
 
 
 class _OfShares:
-    """Mean over columns of a distance of the shares of bins between the reference's quantiles."""
+    """Mean over columns of a distance of the shares of bins between the reference's quantiles.
+
+    P-values are those of permuted rows with bins between the quantiles of both sets.
+    """
 
     rows: int
 
@@ -155,7 +159,7 @@ class _OfShares:
     def tested(
         self, reference: torch.Tensor, current: torch.Tensor, permutations: int, rng: np.random.Generator
     ) -> Tested:
-        """Score the sets, and permutations of their rows among the same bins."""
+        """Score the sets, and permutations of their rows among bins of both."""
         return self.prepare(reference).tested(current, permutations, rng)
 
     def prepare(self, reference: torch.Tensor) -> "_Binned":
@@ -248,52 +252,57 @@ class PredictedClasses:
 
 
 class _Binned:
-    """A sampled reference (N, D), the bins between the quantiles of each column, and where its rows lie."""
+    """A sampled reference (N, D), the bins between the quantiles of each column, and how many rows are in each."""
 
     def __init__(self, distance: Callable[[Any, Any], Any], rows: int, reference: torch.Tensor) -> None:
         self.distance, self.rows, self.reference = distance, rows, reference
-        some = sampled(reference, rows, np.random.default_rng(0))
-        edges = [quantile_edges(column) for column in some.T.contiguous().sort(1).values.cpu().numpy()]
-        most = max(len(column) for column in edges)
-        padded = np.stack([np.pad(column, (0, most - len(column)), constant_values=np.inf) for column in edges])
-        self._edges = torch.from_numpy(padded).to(some)
-        self._bins = self._bin(some)
+        self._some = sampled(reference, rows, np.random.default_rng(0))
+        self._edges = _edges(self._some)
+        self._counts = self._count(self._some)
 
     def score(self, current: torch.Tensor) -> float:
-        bins = self._bin(sampled(current, self.rows, np.random.default_rng(0)))
-        return float(self.distance(self._count(self._bins), self._count(bins)).mean())
+        some = sampled(current, self.rows, np.random.default_rng(0))
+        return float(self.distance(self._counts, self._count(some)).mean())
 
     def tested(self, current: torch.Tensor, permutations: int, rng: np.random.Generator) -> Tested:
-        bins = torch.cat([self._bins, self._bin(sampled(current, self.rows, np.random.default_rng(0)))], 1)
-        n, rows = self._bins.shape[1], bins.shape[1]
-        z = memberships(n, rows - n, permutations, rng).to(bins.device, torch.float32)  # counts below 2**24 are exact
-        step, each = max(1, _CELLS // (rows * self._width)), []
-        for some in torch.split(bins, step):
-            flat = some + torch.arange(len(some), device=bins.device)[:, None] * self._width
-            member = torch.zeros(rows, len(some) * self._width, device=bins.device).scatter_(1, flat.T, 1)
-            total = member.sum(0)
-            reference = z @ member
-            sides = [
-                side.reshape(len(z), -1, self._width).double().cpu().numpy() for side in (reference, total - reference)
-            ]
-            each.append(self.distance(*sides))
-        return against_null(np.concatenate(each, axis=1).mean(1))
+        some = sampled(current, self.rows, np.random.default_rng(0))
+        # Bins of one side would treat the sides differently, which permutations do not; bins of both are fair.
+        scores = self._permuted(torch.cat([self._some, some]), len(self._some), permutations, rng)
+        return Tested(self.score(current), *against_null(scores)[1:])
 
     def extended(self, more: torch.Tensor) -> "_Binned":
         return _Binned(self.distance, self.rows, torch.cat([self.reference, more]))
 
-    @property
-    def _width(self) -> int:
-        return self._edges.shape[1] + 1
+    def _count(self, x: torch.Tensor) -> Any:
+        flat, width = _bins(x, self._edges)
+        counts = torch.bincount(flat.flatten(), minlength=x.shape[1] * width)
+        return counts.reshape(x.shape[1], width).cpu().numpy()
 
-    def _bin(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the bin (D, N) of each number."""
-        return torch.searchsorted(self._edges, x.T.contiguous())
+    def _permuted(self, pooled: torch.Tensor, n: int, permutations: int, rng: np.random.Generator) -> Any:
+        z = memberships(n, len(pooled) - n, permutations, rng).to(pooled.device, torch.float32)  # exact below 2**24
+        columns, each = max(1, _CELLS // (3 * _BINS * len(pooled))), []
+        for x in torch.split(pooled, columns, dim=1):
+            flat, width = _bins(x, _edges(x))
+            member = torch.zeros(len(x), x.shape[1] * width, device=x.device).scatter_(1, flat.T, 1)
+            of_x = z @ member
+            sides = [side.view(len(z), -1, width).double().cpu().numpy() for side in (of_x, member.sum(0) - of_x)]
+            each.append(self.distance(*sides))
+        return np.concatenate(each, axis=1).mean(1)
 
-    def _count(self, bins: torch.Tensor) -> Any:
-        flat = bins + torch.arange(len(bins), device=bins.device)[:, None] * self._width
-        counts = torch.bincount(flat.flatten(), minlength=len(bins) * self._width)
-        return counts.reshape(len(bins), self._width).cpu().numpy()
+
+def _edges(x: torch.Tensor) -> torch.Tensor:
+    """Upper edges (D, E) of the bins of each column; those with fewer have empty ones at infinity."""
+    edges = [quantile_edges(column) for column in x.T.contiguous().sort(1).values.cpu().numpy()]
+    most = max(len(column) for column in edges)
+    padded = [np.pad(column, (0, most - len(column)), constant_values=np.inf) for column in edges]
+    return torch.from_numpy(np.stack(padded)).to(x)
+
+
+def _bins(x: torch.Tensor, edges: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """Return the bin (D, N) of each number, counted through all columns, and the bins of a column."""
+    width = edges.shape[1] + 1
+    first = torch.arange(len(edges), device=x.device)[:, None] * width
+    return torch.searchsorted(edges, x.T.contiguous()) + first, width
 
 
 def _over_lines(

@@ -29,7 +29,7 @@ from dynkit.errors import InvalidInput, NotFound, check_whole, did_you_mean
 from dynkit.policies import as_drift_metric
 from dynkit.types import DriftMetric
 
-__all__ = ["METRICS", "Classifier", "Coverage", "DriftTest", "Reference", "prepared", "resolve", "test"]
+__all__ = ["METRICS", "Classifier", "Coverage", "DriftTest", "Reference", "both_points", "prepared", "resolve", "test"]
 
 _ROUNDS = 100  # of training a classifier
 _PAIRS = 1 << 24  # of a block of the matrix of all pairs
@@ -116,15 +116,7 @@ def test(
     check_whole("seed", seed, 0)
     check_level(level)
     metric = resolve(metric)
-    if isinstance(reference, pl.DataFrame | pl.LazyFrame) and isinstance(current, pl.DataFrame | pl.LazyFrame):
-        reference, current = same_columns(reference, current)
-    x, y = points(reference, "reference"), points(current, "current")
-    if x.shape[1] != y.shape[1]:
-        raise InvalidInput(
-            f"reference has {x.shape[1]} numbers a row, current has {y.shape[1]}; compare like with like"
-        )
-    wider = torch.promote_types(x.dtype, y.dtype)
-    x, y = x.to(wider), y.to(x.device, wider)
+    x, y = both_points(reference, current)
     found = tested(metric, x, y, permutations, np.random.default_rng(seed))
     name = getattr(metric, "__name__", type(metric).__name__)
     return DriftTest(name, found.score, found.p_value, level, found.null)
@@ -219,6 +211,19 @@ def resolve(metric: str | DriftMetric) -> DriftMetric:
             raise NotFound(f"no drift metric {metric!r}{did_you_mean(metric, METRICS)}")
         metric = METRICS[metric]()
     return as_drift_metric(metric)
+
+
+def both_points(reference: Any, current: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return both sets as rows of as many numbers, of one type and on one device."""
+    if isinstance(reference, pl.DataFrame | pl.LazyFrame) and isinstance(current, pl.DataFrame | pl.LazyFrame):
+        reference, current = same_columns(reference, current)
+    x, y = points(reference, "reference"), points(current, "current")
+    if x.shape[1] != y.shape[1]:
+        raise InvalidInput(
+            f"reference has {x.shape[1]} numbers a row, current has {y.shape[1]}; compare like with like"
+        )
+    wider = torch.promote_types(x.dtype, y.dtype)
+    return x.to(wider), y.to(x.device, wider)
 
 
 def points(samples: Any, name: str) -> torch.Tensor:

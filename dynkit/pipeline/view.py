@@ -1,7 +1,7 @@
 """What policies see of the run that calls them."""
 
 import datetime as dt
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -13,10 +13,12 @@ from dynkit.data import Batches, as_keys, held_out
 from dynkit.errors import Conflict
 from dynkit.models import ModelStore
 from dynkit.pipeline.stream import Stream
-from dynkit.time import to_datetime
-from dynkit.training import FitContext, fit, scores, seeded
+from dynkit.policies import as_positions
+from dynkit.time import IntArray, to_datetime
+from dynkit.training import scores, seeded
 from dynkit.training.scores import ScoreKind
-from dynkit.types import Trained
+from dynkit.training.train import Task, train
+from dynkit.types import Trained, Trigger
 
 if TYPE_CHECKING:
     from dynkit.pipeline.declaration import Pipeline
@@ -92,6 +94,16 @@ class View:
         """See `RunView`."""
         return self._stream.table.head(self._past_rows)
 
+    @property
+    def epochs(self) -> int:
+        """See `RunView`."""
+        return self._pipeline.training.epochs
+
+    def arrived(self, keys: Any) -> IntArray:
+        """See `RunView`."""
+        ends = [self._stream.row(trained.position) for trained in self.trained]
+        return np.searchsorted(ends, self._stream.place(as_keys(keys)), side="right")
+
     def held_out(self, table: pl.DataFrame) -> "np.ndarray[Any, np.dtype[np.bool_]]":
         """See `RunView`."""
         return held_out(table, self._stream.version.manifest["splits"])
@@ -128,17 +140,17 @@ class View:
 
     def fit(self, keys: Any, *, seed: int) -> nn.Module:
         """See `RunView`."""
-        training = self._pipeline.training
+        task = Task(self._pipeline.training, seed, as_keys(keys))
         with seeded(seed):
             model = self._pipeline.model().to(self._device)
-            batches = self._batches(keys, shuffle=True, seed=seed, last="join", batch_size=training.batch_size)
-            (training.fit or fit)(model, batches, FitContext(training, self._device))
+            train(model, self._stream.version, task, device=self._device, on_batch=self._on_batch)
         return model.eval()
 
     def report(self, position: int, **numbers: Any) -> None:
         """See `RunView`."""
-        seen = self._stream.position(self._past_rows + position + 1)
-        self._reports.append({"position": seen, **numbers})
+        row = self._past_rows + position
+        at = {"position": self._stream.position(row + 1), "at_ns": int(self._stream.time_ns[row])}
+        self._reports.append({**at, **numbers})
 
     def reported(self) -> list[dict[str, Any]]:
         """Return what triggers reported since the last call, each with its position in the stream."""
@@ -151,15 +163,14 @@ class View:
             raise Conflict("the run has no model yet; a policy can ask run.model is None first")
         return found
 
-    def _batches(self, keys: Any, **options: Any) -> Batches:
-        options = {"batch_size": self._pipeline.evaluation.batch_size, **options}
+    def _batches(self, keys: Any) -> Batches:
         return Batches(
             self._stream.version,
             as_keys(keys),
+            batch_size=self._pipeline.evaluation.batch_size,
             device=self._device,
             on_batch=self._on_batch,
             cache_bytes=self._pipeline.training.cache_bytes,
-            **options,
         )
 
     def move(self, seen: int, *, since: int | None = None, past: int | None = None) -> None:
@@ -167,6 +178,19 @@ class View:
         self.now_ns = self.last_ns(seen) if seen else self.start_ns
         self.samples_since_trigger = seen - self.last_row if since is None else since
         self._past_rows = seen if past is None else past
+
+    def fires(self, trigger: Trigger, row: int, rows: int) -> Iterator[int]:
+        """Show a trigger the next rows of the stream; yield each number of samples after which it wants training.
+
+        Whoever iterates adds to `trained` before going on.
+        """
+        new = self._stream.table.slice(row, rows)
+        self.move(row)
+        for offset in as_positions(trigger(new, self), new.height):
+            seen = row + offset + 1
+            if seen > self.last_row:  # without new samples there is nothing to train on
+                yield seen
+                self.move(seen, since=-(offset + 1), past=row)
 
     def last_ns(self, seen: int) -> int:
         """Timestamp of the last of the first `seen` samples."""

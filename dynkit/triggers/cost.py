@@ -80,7 +80,7 @@ class Cost:
 
     def _look(self, new: pl.DataFrame, run: RunView, row: int) -> bool:
         since = since_training(run, row)
-        if not run.trained:
+        if since == run.past.height + row + 1:
             run.report(row, trigger="cost", fired=True, reason="no training yet")
             return True
         regret = self._latency(new, run, row) if self.regret == "latency" else self._misclassified(new, run, row)

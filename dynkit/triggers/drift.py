@@ -1,5 +1,6 @@
 """Train when the samples have changed since the last training."""
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,7 +10,7 @@ import polars as pl
 import torch
 
 from dynkit.drift import prepared, resolve
-from dynkit.drift.criteria import Criterion, Decision, DynamicQuantile, PValue
+from dynkit.drift.criteria import Criterion, DynamicQuantile, PValue
 from dynkit.errors import InvalidInput, PolicyError, check_whole, did_you_mean
 from dynkit.time import check_duration
 from dynkit.triggers.looking import check_looking, looked, newest, since_training
@@ -19,7 +20,8 @@ __all__ = ["Drift"]
 
 Points = Callable[[pl.DataFrame, RunView], Any]
 
-_ON = ("embedding", "outputs", "fields", "columns")
+_OF_MODEL = ("embedding", "outputs")
+_ON = (*_OF_MODEL, "fields", "columns")
 _LEAST = 2  # samples of a window that can be compared
 
 
@@ -71,7 +73,8 @@ class Drift:
     warmup_looks: int = 0
     seed: int = 0
     _history: list[float] = field(default_factory=list, init=False, repr=False, compare=False)
-    _prepared: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)  # of the reference
+    _prepared: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)  # the last reference
+    _known: dict[Any, dict[str, float]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_looking(self.every, self.warmup, self.warmup_looks)
@@ -90,16 +93,22 @@ class Drift:
         resolve(self.metric)  # an unknown name is an error now
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_prepared": {}}  # made again when needed
+        return {**vars(self), "_prepared": {}, "_known": {}}  # made again when needed
 
     def __call__(self, new: pl.DataFrame, run: RunView) -> Iterator[int]:
         """Row positions of `new` where drift was seen."""
         return looked(new, run, lambda row: self._look(new, run, row), self.every, self.warmup, self.warmup_looks)
 
+    def decided_by(self, criterion: Criterion) -> "Drift":
+        """Return this trigger with another criterion; what either has compared, the other need not compare again."""
+        other = dataclasses.replace(self, criterion=criterion)
+        object.__setattr__(other, "_known", self._known)
+        return other
+
     def _look(self, new: pl.DataFrame, run: RunView, row: int) -> bool:
         seen = run.past.height + row + 1
         since = since_training(run, row)
-        if since == seen or not run.trained:
+        if since == seen or (self.on in _OF_MODEL and run.model is None):
             run.report(row, trigger="drift", fired=True, reason="nothing to compare with")
             return True
         current = _window(new, run, row, self.current, seen if self.overlap else since)
@@ -107,29 +116,35 @@ class Drift:
         if min(current.height, reference.height) < _LEAST:
             run.report(row, trigger="drift", fired=False, reason="too few samples to compare")
             return False
-        numbers, decision = self._decide(reference, current, run, seen)
-        run.report(row, trigger="drift", **numbers, threshold=decision.threshold, fired=decision.fires, since=since)
+        spans = {"reference": _span(reference, seen - since), "current": _span(current, seen)}
+        model = run.trained[-1].model if self.on in _OF_MODEL else None
+        numbers = self._compared(reference, current, (model, *spans.values()), run)
+        value = numbers["p_value" if isinstance(self.criterion, PValue) else "score"]
+        decision = self.criterion(value, self._history)
+        self._history.append(value)
+        del self._history[: -getattr(self.criterion, "window", 1)]
+        told = {name: list(span) for name, span in spans.items()}
+        run.report(row, trigger="drift", **numbers, threshold=decision.threshold, fired=decision.fires, **told)
         return decision.fires
 
-    def _decide(
-        self, reference: pl.DataFrame, current: pl.DataFrame, run: RunView, seen: int
-    ) -> tuple[dict[str, float], Decision]:
-        """Return the numbers of a look, and the decision."""
-        about = f"{run.trained[-1].model if run.trained else None} {reference['key'][0]} {reference['key'][-1]}"
-        if about not in self._prepared:
+    def _compared(
+        self, reference: pl.DataFrame, current: pl.DataFrame, about: tuple[Any, ...], run: RunView
+    ) -> dict[str, float]:
+        """Return score, and p-value where it is asked for; the same windows and model are compared once."""
+        wanted = "p_value" if isinstance(self.criterion, PValue) else "score"
+        if wanted in self._known.get(about, {}):
+            return self._known[about]
+        model, before, (_, seen) = about
+        if (model, before) not in self._prepared:
             self._prepared.clear()
-            self._prepared[about] = prepared(self.metric, self._points(reference, run, 0))
-        ready = self._prepared[about]
-        points = self._points(current, run, seen)
+            self._prepared[model, before] = prepared(self.metric, self._points(reference, run, 0))
+        ready, points = self._prepared[model, before], self._points(current, run, seen)
         if isinstance(self.criterion, PValue):
-            rng = np.random.default_rng([self.seed, seen])
-            tested = ready.tested(points, self.criterion.permutations, rng)
-            return {"score": tested.score, "p_value": tested.p_value}, self.criterion(tested.p_value, [])
-        score = ready.score(points)
-        decision = self.criterion(score, self._history)
-        self._history.append(score)
-        del self._history[: -getattr(self.criterion, "window", 1)]
-        return {"score": score}, decision
+            tested = ready.tested(points, self.criterion.permutations, np.random.default_rng([self.seed, seen]))
+            self._known[about] = {"score": tested.score, "p_value": tested.p_value}
+        else:
+            self._known[about] = {"score": ready.score(points)}
+        return self._known[about]
 
     def _points(self, frame: pl.DataFrame, run: RunView, seen: int) -> torch.Tensor:
         """Return what is compared of some samples (N, D)."""
@@ -155,6 +170,11 @@ class Drift:
         if len(found) != frame.height:
             raise PolicyError(f"the function of Drift(on=...) returned {len(found)} rows for {frame.height} samples")
         return found
+
+
+def _span(window: pl.DataFrame, end: int) -> tuple[int, int]:
+    """Rows of the stream that a window is of; `end` is that after its last."""
+    return end - window.height, end
 
 
 def _window(new: pl.DataFrame, run: RunView, row: int, size: int | str, most: int) -> pl.DataFrame:
