@@ -193,7 +193,7 @@ def test_a_process_killed_within_trainings_ends_in_the_same_models(dataset: dk.D
 
 
 def until(run: dk.Run, condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not condition():
         assert time.monotonic() < deadline
         assert run.status == "running", run.error

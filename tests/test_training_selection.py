@@ -76,7 +76,9 @@ def by_hand(
 
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("accumulate", [1, 4])
-@pytest.mark.parametrize("selection", [Top(0.5), Top(0.1, "entropy"), Drawn(0.3)])
+@pytest.mark.parametrize(
+    "selection", [Top(0.5), Drawn(0.3), dk.selection.Entropy(fraction=0.1), dk.selection.Loss(fraction=0.5)]
+)
 def test_the_chosen_samples_are_trained_on(
     dataset: dk.Dataset, selection: Any, accumulate: int, weighted: bool
 ) -> None:
@@ -144,6 +146,8 @@ def test_jagged_samples_are_taken_whole() -> None:
 
 
 def test_a_run_trains_so(dataset: dk.Dataset) -> None:
-    training = dk.Training(batch_size=64, lr=1e-2, batch_selection=Drawn(0.25))
+    training = dk.Training(batch_size=64, lr=1e-2, batch_selection=dk.selection.GradNorm(fraction=0.25))
     first, second = (replayed(make_pipeline(dataset, training=training)) for _ in range(2))
     assert [one.model for one in first.trained] == [one.model for one in second.trained]
+    plain = replayed(make_pipeline(dataset, training=dk.Training(batch_size=64, lr=1e-2)))
+    assert first.trained[0].model != plain.trained[0].model

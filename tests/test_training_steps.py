@@ -325,6 +325,7 @@ training:
   compile: true
   processes: 2
   checkpoint: 30s
+  batch_selection: {loss: {fraction: 0.5}}
 """
     names = {"make": make_model, "own": torch.optim.Adamax}
     training = dk.pipeline.build(text, ws.catalog, name="p", namespace=names).training
@@ -347,6 +348,7 @@ training:
         compile=True,
         processes=2,
         checkpoint="30s",
+        batch_selection=dk.selection.Loss(fraction=0.5),
     )
     for old, new, message in [
         ("accumulate: 4", "accumulate: 0", "line 11: training.accumulate: accumulate=0"),

@@ -98,7 +98,7 @@ def test_batch_then_sample_against_the_least_it_can_cost(images: dk.Dataset, mak
         )
         ratios = median["selected"] / median["least"], median["selected"] / median["all"]
         print(f"{fraction:8} {median['selected']:8.3f} {median['least']:8.3f} {ratios[0]:6.2f} {ratios[1]:14.2f}")
-        assert ratios[0] < 1.6  # a second forward pass of the kept samples is in it
+        assert ratios[0] < 2  # a second forward pass of the kept samples is in it
 
 
 def test_checkpoints_accumulation_and_averages_cost(images: dk.Dataset, tmp_path: Path) -> None:
