@@ -55,7 +55,8 @@ def test_it_is_the_ridge_regression_that_numpy_solves() -> None:
     assert estimate == pytest.approx((row @ smoother @ losses).mean(), rel=1e-9)
     hat = design @ smoother
     loo = (losses - hat @ losses) / (1 - np.diag(hat))
-    variance = (((row @ smoother).mean(0) * loo) ** 2).sum() + (row @ smoother @ losses).var() / 50
+    own = ((row @ smoother @ losses).var() + (loo**2).mean()) / 50
+    variance = (((row @ smoother).mean(0) * loo) ** 2).sum() + own
     assert error == pytest.approx(variance**0.5, rel=1e-6)
     gcv = 80 * ((losses - hat @ losses) ** 2).sum() / (80 - np.trace(hat)) ** 2
     assert fit.cross_validated == pytest.approx(gcv, rel=1e-9)

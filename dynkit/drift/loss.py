@@ -36,7 +36,7 @@ class LossEstimate:
     estimate : float
         Mean loss on the current samples, in the unit of the losses.
     low, high : float
-        95 % band of the expected loss.
+        95 % band of the mean loss that the labels of these samples will show.
     reference : float
         Mean loss on the reference.
     uncovered : float
@@ -87,7 +87,8 @@ def estimate_loss(reference: Any, reference_losses: Any, current: Any, *, seed: 
     The loss is learned by ridge regression on the standardised columns and 256 random Fourier features of them; width
     and ridge are those of the least generalised cross-validation error (Golub et al. 1979, equation 1.4). The estimate
     is a weighted sum of the reference's losses, so the band follows from their leave-one-out residuals (HC3, MacKinnon
-    and White 1985) and from the spread of the current samples' predicted losses. Its bias is not in the band.
+    and White 1985), from the spread of the current samples' predicted losses and from residuals as large among the
+    current samples. A bias is not in the band.
 
     Examples
     --------
@@ -149,7 +150,8 @@ class _Fit:
         leverage = 1 / self._rows + (rotated**2 / scale).sum(1)
         residual = (self._losses - self._old @ weights) / np.maximum(1 - leverage, 1e-3)
         share = 1 / self._rows + rotated @ (self._vectors.T @ self._new.mean(0) / scale)
-        variance = float((share * residual) @ (share * residual)) + float(new.var()) / len(new)
+        noise = float((residual**2).mean() + new.var()) / len(new)  # of the current samples' own losses
+        variance = float((share * residual) @ (share * residual)) + noise
         return float(self._mean + new.mean()), variance**0.5
 
 

@@ -248,13 +248,14 @@ class ADWIN(Stream):
         A bucket of each size waits until there are more than `max_buckets` of it; then the two oldest become one of
         the next size. So how many there are depends on how many values came, and on nothing else.
         """
-        counts, edge, size, edges = n, n, 1, []
-        for _ in range(levels):
+        counts, newest, edges = n, n, []
+        newer = np.arange(self.max_buckets)
+        for level in range(levels):
             merged = np.maximum(0, (counts - self.max_buckets + 1) // 2)
             there = counts - 2 * merged
-            edges += [np.where(i < there, edge - i * size, 0) for i in range(self.max_buckets)]
-            counts, edge, size = merged, edge - there * size, 2 * size
-        return np.sort(np.stack(edges, 1), 1)
+            edges.append(np.where(newer < there[:, None], newest[:, None] - (newer << level), 0))
+            counts, newest = merged, newest - (there << level)
+        return np.sort(np.concatenate(edges, 1), 1)
 
 
 @dataclass(frozen=True)
