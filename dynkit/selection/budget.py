@@ -104,7 +104,7 @@ def proportional(groups: IntArray, budget: int) -> Iterator[tuple[IntArray, int]
     Parameters
     ----------
     groups : (N,) int64
-        Group of each row.
+        Number of the group of each row, from 0.
     budget : int
         At most N.
 
@@ -115,10 +115,10 @@ def proportional(groups: IntArray, budget: int) -> Iterator[tuple[IntArray, int]
     share : int
         How many of them, at least one.
     """
-    _, group, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+    sizes = np.bincount(groups)
     shares, remainders = np.divmod(budget * sizes, max(1, len(groups)))
     shares[np.argsort(-remainders, kind="stable")[: budget - int(shares.sum())]] += 1
-    rows = np.split(np.argsort(group, kind="stable"), np.cumsum(sizes)[:-1])
+    rows = np.split(_sorted_by(groups), np.cumsum(sizes)[:-1])
     yield from ((some, int(share)) for some, share in zip(rows, shares, strict=True) if share)
 
 
@@ -128,7 +128,7 @@ def water_filled(groups: IntArray, budget: int, rng: np.random.Generator) -> Int
     Parameters
     ----------
     groups : (N,) int64
-        Group of each row.
+        Number of the group of each row, from 0.
     budget : int
         At most N.
     rng : np.random.Generator
@@ -138,12 +138,18 @@ def water_filled(groups: IntArray, budget: int, rng: np.random.Generator) -> Int
     (budget,) int64
         Rows in order; uniform within a group, without replacement.
     """
-    _, group, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+    sizes = np.bincount(groups)
     shares = _fair_shares(sizes, budget, rng)
     order = rng.permutation(len(groups))
-    by_group = order[np.argsort(group[order], kind="stable")]
+    by_group = order[_sorted_by(groups[order])]
     place = np.arange(len(groups)) - np.repeat(np.cumsum(sizes) - sizes, sizes)  # within its group
     return np.sort(by_group[place < np.repeat(shares, sizes)])
+
+
+def _sorted_by(groups: IntArray) -> IntArray:
+    """Rows group by group, within a group in their order (N,)."""
+    small = np.min_scalar_type(int(groups.max(initial=0)))  # NumPy sorts numbers of 16 bits by their digits
+    return np.argsort(groups.astype(small), kind="stable")
 
 
 def _fair_shares(sizes: IntArray, budget: int, rng: np.random.Generator) -> IntArray:
