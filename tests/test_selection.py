@@ -67,7 +67,8 @@ EVERY: list[Selection] = [
     selection.LeastConfidence(n=30, balance=True),
     selection.Entropy(n=30),
     selection.RhoLoss(fraction=0.2),
-    selection.RhoLoss(n=30, twin=True),
+    selection.RhoLoss(n=30, twin=True, balance=True),
+    selection.Replay(old=selection.RS2(n=20)),
     selection.KCenter(n=30),
     selection.KCenter(fraction=0.05, balance=True),
     selection.Craig(n=30),
@@ -210,6 +211,14 @@ def test_replay_gives_weight_one_to_samples_without_a_weight() -> None:
     chosen = picked(selection.Replay(old=selection.Loss(n=10)), STREAM.head(100), [80], model=True)
     assert chosen.columns == ["key", "weight", "score"]
     assert (chosen["weight"][10:] == 1).all() and chosen["weight"][:10].n_unique() > 5
+
+
+def test_replay_uses_samples_without_an_epoch_in_every_one() -> None:
+    chosen = picked(selection.Replay(old=selection.RS2(n=5)), STREAM.head(100), [80], epochs=3)
+    for part in chosen.partition_by("epoch"):
+        assert part.filter(pl.col("key") >= 80)["key"].to_list() == list(range(80, 100))
+        assert part.height == 25 and part["key"].n_unique() == 25
+    assert chosen["epoch"].unique().sort().to_list() == [0, 1, 2]
 
 
 def test_a_schedule_switches_at_its_triggers() -> None:

@@ -110,6 +110,9 @@ class Replay:
         new = min(run.samples_since_trigger, pool.height)
         parts = [(self.old, pool.head(pool.height - new), 0), (self.new, pool.tail(new), new)]
         chosen = [_frame(then(part, _Part(run, n), rng)) for then, part, n in parts if part.height]
+        if any("epoch" in frame.columns for frame in chosen):
+            every = pl.DataFrame({"epoch": np.arange(run.epochs)})
+            chosen = [frame if "epoch" in frame.columns else frame.join(every, how="cross") for frame in chosen]
         both = pl.concat(chosen, how="diagonal_relaxed")
         return both.with_columns(pl.col("weight").fill_null(1.0)) if "weight" in both.columns else both
 
