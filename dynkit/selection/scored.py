@@ -68,7 +68,8 @@ class Loss(Scored):
 
     Drawn without replacement with chances p = loss / sum(loss), and weighted by 1 / (N p), with which one draw has the
     mean of all N samples in expectation (Katharopoulos and Fleuret 2018, equations 3 and 4, with the loss in place of
-    the gradient norm); many draws out of few samples only come near it. No chance is below a thousandth of the mean one.
+    the gradient norm); many draws out of few samples only come near it. No chance is below a thousandth of the mean
+    one.
 
     Parameters
     ----------
