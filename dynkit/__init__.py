@@ -11,7 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dynkit import drift, errors, plots, selection, streams, triggers
+    from dynkit import drift, errors, plots, selection, streams, testing, triggers
     from dynkit.data import Dataset
     from dynkit.evaluation import Evaluation, metrics, windows
     from dynkit.pipeline import Pipeline, Run
@@ -41,6 +41,7 @@ __all__ = [
     "selection",
     "streams",
     "sweep",
+    "testing",
     "triggers",
     "what_if",
     "windows",
@@ -63,6 +64,7 @@ _HOME = {
     "selection": "dynkit.selection:",
     "streams": "dynkit.streams:",
     "sweep": "dynkit.pipeline.sweep:sweep",
+    "testing": "dynkit.testing:",
     "triggers": "dynkit.triggers:",
     "what_if": "dynkit.pipeline.what_if:what_if",
     "windows": "dynkit.evaluation.windows:",

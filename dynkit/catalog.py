@@ -9,6 +9,7 @@ the tables, because together they are the format. The write-ahead log needs a lo
 """
 
 import os
+import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,9 +25,21 @@ __all__ = [
     "edges",
     "evaluations",
     "events",
+    "layouts",
     "models",
+    "names",
+    "notes",
+    "origins",
+    "packs",
+    "recipes",
+    "remotes",
+    "results",
     "runs",
+    "sketches",
+    "structures",
     "tensors",
+    "tests",
+    "tokens",
     "triggers",
 ]
 
@@ -87,7 +100,9 @@ triggers = sa.Table(
     sa.Column("position", sa.BigInteger, nullable=False),  # samples in replay order up to and with the last seen
     sa.Column("block_start", sa.BigInteger, nullable=False),  # position at which the policy state was taken
     sa.Column("last_ns", sa.BigInteger, nullable=False),
-    sa.Column("model", sa.ForeignKey("models.id"), nullable=False),
+    sa.Column("model", sa.ForeignKey("models.id"), nullable=False, index=True),
+    sa.Column("parent", sa.ForeignKey("models.id")),  # whose weights the training began with
+    sa.Column("dataset_version", sa.Integer, nullable=False),  # a live run goes through several
     sa.Column("samples", sa.BigInteger, nullable=False),  # selected
     sa.Column("samples_passed", sa.BigInteger, nullable=False),  # handed to the fit function, all epochs together
     sa.Column("selection", sa.String, nullable=False),  # BLAKE3 of the stored keys and weights
@@ -100,19 +115,44 @@ models = sa.Table(
     "models",
     _metadata,
     sa.Column("id", sa.String, primary_key=True),  # BLAKE3 of the manifest
-    sa.Column("manifest", sa.JSON, nullable=False),
+    sa.Column("layout", sa.ForeignKey("layouts.id"), nullable=False),
+    sa.Column("tensors", sa.LargeBinary, nullable=False),  # (pack, slot) of each name of the layout
+    sa.Column("raw_bytes", sa.BigInteger, nullable=False),
+    sa.Column("metadata", sa.JSON, nullable=False),
     sa.Column("created_ns", sa.BigInteger, nullable=False),
+    sqlite_with_rowid=False,
+)
+layouts = sa.Table(
+    "layouts",
+    _metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("digest", sa.LargeBinary, nullable=False, unique=True),  # BLAKE3 of the list, 16 bytes
+    sa.Column("names", sa.LargeBinary, nullable=False),  # JSON list, zstd
+)
+packs = sa.Table(
+    "packs",
+    _metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("file", sa.String, nullable=False),
+    sa.Column("offset", sa.BigInteger, nullable=False),  # of the pack's index; its frames end there
+    sa.Column("size", sa.BigInteger, nullable=False),  # of the index
+    sqlite_autoincrement=True,  # a reference to a pack that is gone must never find another one
 )
 tensors = sa.Table(
     "tensors",
     _metadata,
-    sa.Column("id", sa.String, primary_key=True),  # BLAKE3 of dtype, shape and bytes
-    sa.Column("dtype", sa.String, nullable=False),
-    sa.Column("shape", sa.JSON, nullable=False),
-    sa.Column("codec", sa.String, nullable=False),
-    sa.Column("pack", sa.String, nullable=False),
-    sa.Column("offset", sa.BigInteger, nullable=False),
-    sa.Column("size_bytes", sa.BigInteger, nullable=False),
+    # The first 8 bytes of the identity. Of two tensors that share them one is not found again, and stored anew.
+    sa.Column("key", sa.BigInteger().with_variant(sa.Integer, "sqlite"), primary_key=True, autoincrement=False),
+    sa.Column("pack", sa.Integer, nullable=False),
+    sa.Column("slot", sa.Integer, nullable=False),
+)
+names = sa.Table(
+    "names",
+    _metadata,
+    sa.Column("name", sa.String, primary_key=True),
+    sa.Column("model", sa.ForeignKey("models.id"), nullable=False),
+    sa.Column("changed_ns", sa.BigInteger, nullable=False),
+    sqlite_with_rowid=False,
 )
 edges = sa.Table(
     "edges",
@@ -135,6 +175,91 @@ evaluations = sa.Table(
     sa.Column("window_anchor_ns", sa.BigInteger, nullable=False),
     sa.Column("value", sa.Float),  # null where the metric is undefined in the window
     sa.Column("samples", sa.BigInteger, nullable=False),  # of the slice in the window
+)
+
+# -- lineage: what people add to the graph, and what makes it quick to search --
+sa.Index("edges_child", edges.c.child)
+notes = sa.Table(
+    "notes",
+    _metadata,
+    sa.Column("model", sa.ForeignKey("models.id", ondelete="CASCADE"), primary_key=True),
+    sa.Column("kind", sa.String, primary_key=True),  # "tag" or "note"
+    sa.Column("text", sa.String, primary_key=True),
+    sa.Column("created_ns", sa.BigInteger, nullable=False),
+)
+origins = sa.Table(  # how a model came to be that no trigger of a run made
+    "origins",
+    _metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("model", sa.ForeignKey("models.id", ondelete="CASCADE"), nullable=False, index=True),
+    sa.Column("how", sa.String, nullable=False),  # "added", "made", "merged", "rebuilt"
+    sa.Column("parents", sa.JSON, nullable=False),  # models, in order
+    sa.Column("recipe", sa.JSON, nullable=False),
+    sa.Column("code", sa.LargeBinary),  # a function of the parents' states, pickled; read only to build anew
+    sa.Column("digest", sa.String, nullable=False),  # identity of recipe and code
+    sa.Column("run", sa.ForeignKey("runs.id")),  # rebuilt: the trigger whose recipe and samples it has
+    sa.Column("index", sa.Integer),
+    sa.Column("environment", sa.JSON, nullable=False),
+    sa.Column("seconds", sa.Float, nullable=False),
+    sa.Column("created_ns", sa.BigInteger, nullable=False),
+)
+recipes = sa.Table(  # what a recipe with these parents and samples gave, so that it is not done twice
+    "recipes",
+    _metadata,
+    sa.Column("id", sa.String, primary_key=True),
+    sa.Column("model", sa.ForeignKey("models.id", ondelete="CASCADE"), nullable=False, index=True),
+    sa.Column("seconds", sa.Float, nullable=False),
+    sa.Column("details", sa.JSON, nullable=False),  # of a training: samples passed, reports
+)
+tests = sa.Table(
+    "tests",
+    _metadata,
+    sa.Column("name", sa.String, primary_key=True),
+    sa.Column("function", sa.LargeBinary, nullable=False),  # pickled; read only to run it
+    sa.Column("digest", sa.String, nullable=False),
+    sa.Column("scope", sa.JSON, nullable=False),  # models, name pattern, tag
+    sa.Column("dataset", sa.String),
+    sa.Column("at_least", sa.Float),
+)
+results = sa.Table(
+    "results",
+    _metadata,
+    sa.Column("model", sa.ForeignKey("models.id", ondelete="CASCADE"), primary_key=True),
+    sa.Column("test", sa.String, primary_key=True),
+    sa.Column("digest", sa.String, primary_key=True),  # of the test's function
+    sa.Column("dataset_version", sa.Integer, primary_key=True),  # 0 without a dataset
+    sa.Column("passed", sa.Boolean),  # null where it could not be tested
+    sa.Column("value", sa.Float),
+    sa.Column("error", sa.Text),
+    sa.Column("seconds", sa.Float, nullable=False),
+)
+structures = sa.Table(  # names, types and shapes of tensors; many models share one
+    "structures",
+    _metadata,
+    sa.Column("id", sa.String, primary_key=True),
+    sa.Column("slots", sa.JSON, nullable=False),
+)
+sketches = sa.Table(
+    "sketches",
+    _metadata,
+    sa.Column("number", sa.Integer, primary_key=True),
+    sa.Column("model", sa.ForeignKey("models.id", ondelete="CASCADE"), nullable=False, unique=True),
+    sa.Column("structure", sa.ForeignKey("structures.id"), nullable=False),
+    sa.Column("tensors", sa.Integer, nullable=False),  # different ones
+    sa.Column("sketch", sa.LargeBinary, nullable=False),
+)
+tokens = sa.Table(  # inverted index: 64 bits of a tensor's identity, or of a band of the sketch
+    "tokens",
+    _metadata,
+    sa.Column("token", sa.BigInteger, primary_key=True),
+    sa.Column("number", sa.ForeignKey("sketches.number", ondelete="CASCADE"), primary_key=True, index=True),
+    sqlite_with_rowid=False,
+)
+remotes = sa.Table(
+    "remotes",
+    _metadata,
+    sa.Column("name", sa.String, primary_key=True),
+    sa.Column("url", sa.String, nullable=False),
 )
 
 
@@ -239,6 +364,21 @@ class Catalog:
             if isinstance(error, sa.exc.IntegrityError):
                 raise
             raise StorageError(f"the catalog {self.root / _FILE} cannot be used: {error.orig}") from error
+
+    def scrub(self) -> None:
+        """Write the file anew, so that the bytes of deleted rows are nowhere in it; waits for readers and writers."""
+        raw = self._engine.raw_connection()
+        try:
+            cursor = raw.cursor()
+            cursor.execute("VACUUM")
+            busy, *_ = cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            cursor.close()
+        except sqlite3.Error as error:
+            raise StorageError(f"the catalog {self.root / _FILE} cannot be written anew: {error}") from error
+        finally:
+            raw.close()
+        if busy:
+            raise StorageError(f"somebody is reading the catalog {self.root / _FILE}, so its log keeps deleted rows")
 
     def close(self) -> None:
         """Close all connections; the catalog opens new ones when used again."""

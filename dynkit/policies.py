@@ -27,6 +27,7 @@ from dynkit.errors import InvalidInput, PolicyError
 from dynkit.types import DriftMetric, Metric, Model, Selection, Trigger, Windows
 
 __all__ = [
+    "as_chosen",
     "as_drift_metric",
     "as_metric",
     "as_model",
@@ -69,6 +70,47 @@ def as_positions(decision: object, height: int) -> Iterator[int]:
             )
         last = int(position)
         yield last
+
+
+def as_chosen(chosen: object, epochs: int) -> pl.DataFrame:
+    """Check what a selection answered, for a training of so many epochs.
+
+    Returns
+    -------
+    pl.DataFrame
+        Column key (Int64), and weight (Float32), epoch (Int64, from 0) and score (Float64) where they were given.
+
+    Raises
+    ------
+    PolicyError
+        When it answered something else.
+    """
+    try:
+        if not isinstance(chosen, pl.DataFrame | pl.Series):
+            chosen = pl.Series(np.asarray(chosen))
+        given = chosen if isinstance(chosen, pl.DataFrame) else pl.DataFrame({"key": chosen})
+        keys = given["key"].cast(pl.Int64)
+    except (pl.exceptions.PolarsError, TypeError, ValueError) as error:
+        raise PolicyError(f"the selection must return keys or a frame with columns key and weight: {error}") from None
+    if keys.null_count():
+        raise PolicyError("the selection returned keys that are null")
+    columns = [keys.rename("key")]
+    for name, dtype in (("weight", pl.Float32), ("epoch", pl.Int64), ("score", pl.Float64)):
+        if name in given.columns:
+            columns.append(given[name].cast(dtype))
+    frame = pl.DataFrame(columns).rechunk()
+    if "weight" in frame.columns:
+        weight = frame["weight"]
+        if weight.null_count() or not weight.is_finite().all() or not (weight >= 0).all():
+            raise PolicyError("the selection returned weights that are negative, null or not finite")
+    if "epoch" in frame.columns and frame.height:
+        counts = frame["epoch"].value_counts()
+        if (
+            sorted(counts["epoch"].to_list(), key=str) != sorted(range(epochs), key=str)
+            or counts["count"].n_unique() > 1
+        ):
+            raise PolicyError(f"the selection must name as many samples in each epoch, from 0 to {epochs - 1}")
+    return frame
 
 
 def as_selection(value: object) -> Selection:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from dynkit.data import Dataset, create, ingest
 from dynkit.lineage import Lineage
 from dynkit.models import ModelStore
 from dynkit.pipeline import Pipeline, Run, Runs
+from dynkit.pipeline.recipe import Recipe
 from dynkit.pipeline.run import find
 
 __all__ = ["Workspace"]
@@ -46,7 +48,7 @@ class Workspace:
     def __init__(self, path: str | os.PathLike[str] | None = None, *, storage: str | None = None) -> None:
         self.catalog = Catalog(path, storage)
         self.models = ModelStore(self.catalog)
-        self.lineage = Lineage(self.catalog)
+        self.lineage = Lineage(self.catalog, self.models, partial(Recipe, self.catalog))
 
     @property
     def path(self) -> Path:

@@ -1,6 +1,7 @@
 """Stream detectors against river, value by value; any cut of a stream into blocks."""
 
 import copy
+import dataclasses
 import pickle
 
 import numpy as np
@@ -166,6 +167,7 @@ def test_parameters_are_the_record_of_a_detector() -> None:
     detector.update(np.zeros(50))
     assert repr(detector) == "KSWIN(alpha=0.01, window_size=100, stat_size=30, seed=0)"
     assert detector == dk.drift.KSWIN(alpha=0.01)
+    assert [field.name for field in dataclasses.fields(detector)] == ["alpha", "window_size", "stat_size", "seed"]
 
 
 @pytest.mark.parametrize(

@@ -117,7 +117,7 @@ def test_the_background_gives_the_same_result_and_leaves_the_caller_free(dataset
 def test_lineage_knows_parents_and_versions(ws: dk.Workspace, dataset: dk.Dataset) -> None:
     warm = [one.model for one in replayed(make_pipeline(dataset)).trained]
     fresh = [one.model for one in replayed(make_pipeline(dataset, training=dk.Training(lr=0.1))).trained]
-    graph = ws.lineage.graph()
+    graph = ws.lineage.to_networkx()
     edges = {(a, b, kind) for a, b, kind in graph.edges(keys=True)}
     assert edges == {(a, b, kind) for a, b in pairwise(warm) for kind in ("derived", "version")} | {
         (a, b, "version") for a, b in pairwise(fresh)

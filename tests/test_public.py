@@ -25,6 +25,7 @@ def test_public_names_are_these() -> None:
         "selection",
         "streams",
         "sweep",
+        "testing",
         "triggers",
         "what_if",
         "windows",

@@ -1,5 +1,6 @@
 """Streams: the drift is where they say, the rest does not move, and the reference model learns them."""
 
+import ast
 import datetime as dt
 import gzip
 import io
@@ -18,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 from streams import replayed
+from test_docs import DOCS, blocks_of
 
 import dynkit as dk
 from dynkit.errors import InvalidInput, NotFound
@@ -67,6 +69,26 @@ def test_a_seed_is_a_stream(name: str) -> None:
     assert 0 <= one.y.min() < one.y.max() < (one.classes or 0)
     assert [one.frame["timestamp"][row] for row in one.drifts] == one.drift_times
     assert (not one.drifts) == (name in ("blobs", "digits"))
+
+
+def test_the_guide_runs_and_says_what_it_prints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {"__name__": "__main__"}
+    said = []
+    for block in blocks_of("streams.md"):
+        *body, last = ast.parse(block).body
+        exec(compile(ast.Module(body, []), "guide", "exec"), names)
+        said.append(eval(compile(ast.Expression(last.value), "guide", "eval"), names))  # type: ignore[attr-defined]
+    first, curve, made, (before, across), transfer, slices = said
+    assert f"prints `{first!r}`" in (DOCS / "guides" / "streams.md").read_text()
+    assert curve["value"].max() > 0.9
+    assert len(made) == 8 and all(stream.drifts for stream in made)
+    assert across.drifted and not before.drifted
+    assert transfer["forgetting"][-1] > 0.5
+    assert sorted(slices["slice"].to_list()) == [
+        *(f"concept={i}" for i in range(2)),
+        *(f"label={i}" for i in range(10)),
+    ]
 
 
 # ---- formulas ----
@@ -157,6 +179,7 @@ def test_a_prior_shift_moves_classes_and_leaves_each_as_it_was() -> None:
         x = [part[y == k] for part, y in zip(np.split(stream.x, [drift]), np.split(stream.y, [drift]), strict=True)]
         assert min(stats.ks_2samp(x[0][:, i], x[1][:, i]).pvalue for i in range(3)) > 0.001
     assert len(np.unique(stream.x, axis=0)) == len(stream)
+    assert stream.frame["concept"].to_list() == [0] * drift + [1] * (len(stream) - drift)
     plain = S.prior_shift(source)
     first, second = (np.bincount(part) / len(part) for part in np.split(plain.y, plain.drifts))
     assert first == pytest.approx([0.25] * 4, abs=0.02)

@@ -451,3 +451,28 @@ def test_a_run_with_drift_continues_to_the_same_end(tmp_path) -> None:
     assert again.trained[-1].model == whole.trained[-1].model
     assert [e.data for e in again.events() if e.kind == "decided"] == told
     assert len(whole.trained) > 4
+
+
+# -- what can be seen of it ---------------------------------------------------------------------------------------
+
+
+def test_decisions_can_be_read_and_drawn(tmp_path) -> None:
+    trigger = any_of(
+        Drift(every=500, on="fields", criterion=Threshold(0.05), current=500, reference=500),
+        Performance(every=1000, criterion=Threshold(0.3)),
+    )
+    run, told = drifts(tmp_path, trigger)
+    frame = run.decisions()
+    assert frame.columns[:6] == ["timestamp", "position", "trigger", "score", "threshold", "fired"]
+    assert frame.height == len(told)
+    fired = frame.filter("fired")
+    assert set(fired["position"]) == {trained.position for trained in run.trained}
+    times = shifted()["when"].dt.replace_time_zone("UTC").cast(pl.Datetime("ns", "UTC"))
+    assert frame["timestamp"].equals(times[frame["position"] - 1], check_names=False)
+    picture = dk.plots.decisions(frame)
+    assert picture.svg().startswith("<svg")
+    assert len(picture.chart.to_dict()["vconcat"]) == 2
+    counted = replayed(make_pipeline(dk.Dataset(run._catalog, "s"), trigger=Amount(1000)))
+    assert counted.decisions().is_empty()
+    with pytest.raises(InvalidInput, match="only count"):
+        dk.plots.decisions(counted.decisions())

@@ -63,6 +63,8 @@ class Batches:
         Which ones.
     weights : (N,) float32 or None
         Added to each batch as ``weight``.
+    epochs : (N,) int64 or None
+        In which epoch, from 0, each sample is used, as many in every one; None: in all of them.
     batch_size : int
     shuffle : bool
         The order of epoch e depends on the seed and e only.
@@ -100,6 +102,7 @@ class Batches:
         seed: int = 0,
         device: torch.device | str = "cpu",
         weights: "np.ndarray[tuple[int], np.dtype[np.float32]] | None" = None,
+        epochs: IntArray | None = None,
         transform: Callable[[Batch], Batch] | None = None,
         fields: "list[str] | tuple[str, ...] | None" = None,
         cache_bytes: int | None = None,
@@ -118,6 +121,9 @@ class Batches:
         self._version = version
         self._keys = keys
         self._weights = None if weights is None else torch.from_numpy(weights)
+        self._by_epoch = (
+            None if epochs is None else np.argsort(epochs, kind="stable").reshape(int(epochs.max()) + 1, -1)
+        )
         self._batch_size = batch_size
         self._shuffle = shuffle
         self._seed = seed
@@ -138,7 +144,7 @@ class Batches:
     @property
     def samples(self) -> int:
         """Number of samples of one epoch."""
-        return len(self._keys)
+        return len(self._keys) if self._by_epoch is None else int(self._by_epoch.shape[1])
 
     def seek(self, epoch: int, batch: int) -> None:
         """Make the next iteration be what is left of an epoch from a batch on, as if those before were handed out."""
@@ -151,7 +157,7 @@ class Batches:
     @cached_property
     def _edges(self) -> IntArray:
         """Where batches begin in the order of an epoch, and where the last one ends."""
-        n, size = len(self._keys), self._batch_size
+        n, size = self.samples, self._batch_size
         edges = np.append(np.arange(0, n, size), n)
         if self._last == "join" and len(edges) > 2 and size > 1 and edges[-1] - edges[-2] == 1:
             edges = np.delete(edges, -2)
@@ -233,7 +239,7 @@ class Batches:
     def _pieces(self, rows: int) -> Iterator[_Piece]:
         """Give the samples in the order of this epoch, about so many at a time."""
         begins, sizes = (values[self._start :] for values in self._shares)
-        order = self._order(self._epoch) if self._shuffle else None
+        order = self._order(self._epoch)
         self._epoch, self._start = self._epoch + 1, 0
         for low, high in self._groups(len(sizes), rows):
             places = self._places(begins[low:high], sizes[low:high])
@@ -296,23 +302,26 @@ class Batches:
     def _copies(self) -> Any:
         return torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]  # torch has no types here
 
-    def _order(self, epoch: int) -> IntArray:
-        """Places in the selection in the order of an epoch."""
+    def _order(self, epoch: int) -> IntArray | None:
+        """Places in the selection in the order of an epoch; None: as they are."""
+        some = None if self._by_epoch is None else self._by_epoch[epoch % len(self._by_epoch)]
+        if not self._shuffle:
+            return some
         generator = torch.Generator().manual_seed((self._seed + epoch) % 2**63)
-        n = len(self._keys)
-        uniform: IntArray = torch.randperm(n, generator=generator).numpy()
-        if not self._plan.windowed or n <= self._plan.rows:
-            return uniform
-        chunk = self._version.chunk_of(self._rows)
-        rank = torch.randperm(int(chunk.max()) + 1, generator=generator).numpy()
-        by_chunk = np.argsort(rank[chunk], kind="stable")
-        window = np.arange(n) // self._plan.rows
-        order: IntArray = by_chunk[np.lexsort((uniform, window))]
-        return order
+        n = self.samples
+        order: IntArray = torch.randperm(n, generator=generator).numpy()
+        if self._plan.windowed and n > self._plan.rows:
+            chunk = self._version.chunk_of(self._rows if some is None else self._rows[some])
+            rank = torch.randperm(int(chunk.max()) + 1, generator=generator).numpy()
+            by_chunk = np.argsort(rank[chunk], kind="stable")
+            window = np.arange(n) // self._plan.rows
+            order = by_chunk[np.lexsort((order, window))]
+        return order if some is None else some[order]
 
     def keys(self) -> IntArray:
         """Keys in the order of the next epoch (N,)."""
-        return self._keys[self._order(self._epoch)] if self._shuffle else self._keys
+        order = self._order(self._epoch)
+        return self._keys if order is None else self._keys[order]
 
 
 def length_of(batch: Batch) -> int:

@@ -39,7 +39,7 @@ class Detector(Protocol):
 
 @dataclass
 class _Kept:
-    """What a detector keeps: values seen since the last detection (D,), and its own arrays."""
+    """Values seen since the last detection (D,), and a detector's own arrays."""
 
     seen: Array | None = None
     carry: Carry = field(default_factory=dict)
@@ -47,9 +47,11 @@ class _Kept:
 
 @dataclass(frozen=True)
 class Stream:
-    """The walk through blocks that all detectors here have in common."""
+    """The walk through blocks that all detectors here have in common; their fields are parameters only."""
 
-    _kept: _Kept = field(default_factory=_Kept, init=False, repr=False, compare=False)
+    @functools.cached_property
+    def _kept(self) -> _Kept:
+        return _Kept()
 
     def update(self, values: Any) -> Array:
         """Take the next values; return where changes were seen.
@@ -326,12 +328,16 @@ class _River:
     """A detector that takes one value at a time."""
 
     detector: Any
-    _each: list[Any] = field(default_factory=list, init=False, repr=False, compare=False)
+
+    @functools.cached_property
+    def _each(self) -> list[Any]:
+        return []
 
     def update(self, values: Any) -> Array:
         block = as_block(values)
         x = block[:, None] if block.ndim == 1 else block
-        self._each = self._each or [copy.deepcopy(self.detector) for _ in range(x.shape[1])]
+        if not self._each:
+            self._each.extend(copy.deepcopy(self.detector) for _ in range(x.shape[1]))
         if len(self._each) != x.shape[1]:
             raise InvalidInput(f"values of {x.shape[1]} streams came after those of {len(self._each)}; pass the same")
         drift = np.zeros(x.shape, bool)

@@ -1,7 +1,7 @@
 """The models x windows matrix: every window is read once and scored by all models, as a whole and slice by slice."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
@@ -15,7 +15,7 @@ from dynkit.time import IntArray
 from dynkit.training import predict
 from dynkit.types import Metric, Window
 
-__all__ = ["Scored", "evaluate"]
+__all__ = ["Scored", "evaluate", "rows_of"]
 
 State = Mapping[str, torch.Tensor]
 
@@ -96,6 +96,27 @@ def evaluate(
                 for part, at in parts.items()
             },
         )
+
+
+def rows_of(run: str, window: Window, scored: Mapping[str, Scored]) -> list[dict[str, Any]]:
+    """Rows of the catalog's `evaluations` for one window of a run."""
+    return [
+        {
+            "run": run,
+            "model": model,
+            "window_start_ns": window.start_ns,
+            "window_end_ns": window.end_ns,
+            "window_anchor_ns": window.anchor,
+            "metric": metric,
+            "slice": slice,
+            "metric_index": metric_index,
+            "value": value,
+            "samples": some.samples,
+        }
+        for slice, some in scored.items()
+        for model, by_metric in some.scores.items()
+        for metric_index, (metric, value) in enumerate(by_metric.items())
+    ]
 
 
 def _parts(rows: pl.DataFrame, slices: Sequence[str]) -> dict[str, IntArray | None]:

@@ -25,11 +25,12 @@ import numpy as np
 import polars as pl
 
 from dynkit.errors import InvalidInput, did_you_mean
+from dynkit.evaluation.metrics import NAMES, higher_is_better
 from dynkit.types import Trained
 
 __all__ = ["transfer"]
 
-_ERRORS = ("rmse", "mae")
+_ERRORS = tuple(name for name, metric in NAMES.items() if not higher_is_better(metric()))
 _SCHEMA = {
     "index": pl.Int64,
     "model": pl.String,
@@ -73,6 +74,21 @@ def transfer(
     ------
     InvalidInput
         When `baseline` names a metric that is not in the matrix.
+
+    Examples
+    --------
+    Two models, each trained when a day is over; what the second learned cost it what the first knew.
+
+    >>> import datetime as dt
+    >>> from dynkit.time import to_ns
+    >>> days = [dt.datetime(2020, 1, day, tzinfo=dt.UTC) for day in (1, 2, 3)]
+    >>> matrix = pl.DataFrame({
+    ...     "window_start": days[:2] * 2, "window_end": days[1:] * 2, "model": ["a", "a", "b", "b"],
+    ...     "metric": "accuracy", "value": [0.75, 0.25, 0.5, 0.875],
+    ... })
+    >>> trained = [Trained(i, 0, to_ns(days[i + 1]) - 1, name, 1, 0.0) for i, name in enumerate("ab")]
+    >>> transfer(matrix, trained, baseline={"accuracy": 0.125}).row(-1)
+    (1, 'b', 'accuracy', -0.25, 0.25, 0.125)
     """
     metrics = matrix["metric"].unique(maintain_order=True).to_list()
     for name in baseline or ():

@@ -15,15 +15,13 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-import polars as pl
 import sqlalchemy as sa
 
 from dynkit import catalog as tables
 from dynkit.catalog import Catalog
 from dynkit.data import Dataset
-from dynkit.disk import flush
 from dynkit.errors import Conflict, DynkitError
-from dynkit.evaluation import Scored
+from dynkit.evaluation.matrix import Scored, rows_of
 from dynkit.models import ModelStore
 from dynkit.pipeline.process import identity
 from dynkit.types import Event, Trained, Window
@@ -223,7 +221,8 @@ class Owner:
 
         def also(connection: sa.Connection, model: str) -> None:
             done = dataclasses.replace(trained, model=model)
-            connection.execute(sa.insert(tables.triggers), {"run": self.run, **vars(done), **columns})
+            row = {"run": self.run, "parent": parent, **vars(done), **columns}
+            connection.execute(sa.insert(tables.triggers), row)
             kinds = {"derived": parent, "version": previous}
             rows = [
                 {"parent": source, "child": model, "kind": kind, "run": self.run}
@@ -235,7 +234,7 @@ class Owner:
             self._update(connection, state=policies)
             committed.append((done, insert_event(connection, self.run, "trained", {**event, "model": model})))
 
-        self.store.add(state, also)
+        self.store.put(state, [parent] if parent else [], also=also)
         self.committed.append(committed[0][0])
         return committed[0]
 
@@ -255,35 +254,12 @@ class Owner:
     def commit_window(self, window: Window, scored: dict[str, Scored]) -> Event:
         """Commit one column of the models x windows matrix, of all samples and of each slice."""
         samples = scored[""].samples
-        rows = [
-            {
-                "run": self.run,
-                "model": model,
-                "window_start_ns": window.start_ns,
-                "window_end_ns": window.end_ns,
-                "window_anchor_ns": window.anchor,
-                "metric": metric,
-                "slice": slice,
-                "metric_index": metric_index,
-                "value": value,
-                "samples": some.samples,
-            }
-            for slice, some in scored.items()
-            for model, by_metric in some.scores.items()
-            for metric_index, (metric, value) in enumerate(by_metric.items())
-        ]
+        rows = rows_of(self.run, window, scored)
         data = {"start": window.start.isoformat(), "end": window.end.isoformat(), "samples": samples}
         with self.catalog.write() as connection:
             if rows:
                 connection.execute(sa.insert(tables.evaluations), rows)
             return insert_event(connection, self.run, "evaluated", data)
-
-    def save_selection(self, index: int, selection: pl.DataFrame) -> None:
-        """Write the chosen keys and weights of a trigger beside the run."""
-        path = self.folder / "selections" / f"{index:06d}.arrow"
-        path.parent.mkdir(exist_ok=True)
-        selection.write_ipc(path, compression="zstd")
-        flush(path, path.parent)
 
     def check(self) -> None:
         """Obey a pending request: wait while paused, raise `Cancelled` to end. Called between two batches."""

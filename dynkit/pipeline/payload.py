@@ -20,6 +20,7 @@ import cloudpickle
 
 from dynkit.disk import flush
 from dynkit.errors import InvalidInput, StorageError
+from dynkit.lineage.origins import facts
 from dynkit.policies import is_user_code
 
 __all__ = ["Payload", "load", "pack", "parts"]
@@ -80,6 +81,7 @@ def pack(name: str, parts: Mapping[str, Any]) -> Payload:
         "sys_path": [str(Path(entry).resolve()) for entry in sys.path],
         "torch_threads": torch.get_num_threads() if torch is not None else None,
         "sources": _sources(),
+        **facts(),
     }
     return Payload(pickled, environment)
 

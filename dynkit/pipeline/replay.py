@@ -18,22 +18,19 @@ from typing import TYPE_CHECKING, Any
 import cloudpickle
 import numpy as np
 import polars as pl
-import torch
-from blake3 import blake3
 
-from dynkit.data import as_keys, in_split
+from dynkit.data import in_split
 from dynkit.disk import locked
-from dynkit.errors import InvalidInput, PolicyError, TrainingError
+from dynkit.errors import Conflict, PolicyError
 from dynkit.evaluation import evaluate
+from dynkit.lineage.samples import content, write_selection
 from dynkit.pipeline.owner import Owner
 from dynkit.pipeline.stream import Stream
+from dynkit.pipeline.train import Outcome, seed_of, train
 from dynkit.pipeline.view import View
-from dynkit.policies import describe, digest
-from dynkit.time import IntArray
+from dynkit.policies import as_chosen, describe, digest
 from dynkit.training import resolve_device, seeded
 from dynkit.training.checkpoint import read_state, write_state
-from dynkit.training.processes import train_together
-from dynkit.training.train import Outcome, Task, train
 from dynkit.types import Event, Trained, Window
 
 if TYPE_CHECKING:
@@ -97,7 +94,8 @@ class _Loop:
         """Return where to go on, and the trigger as it was there."""
         if not self.owner.committed:
             return 0, copy.deepcopy(self.pipeline.trigger)  # a policy may change itself; the pipeline may not
-        assert self.owner.state is not None, "a committed trigger has its policies' state"
+        if self.owner.state is None:
+            raise Conflict("samples of the run were erased, and its policies' state with them; start the pipeline anew")
         trigger, self.selection = map(pickle.loads, pickle.loads(self.owner.state))
         block_start = self._begin = self.owner.block_starts[-1]
         earlier = zip(self.owner.committed, self.owner.block_starts, strict=True)
@@ -154,30 +152,30 @@ class _Loop:
             return
         self.view.move(seen, since=int(trainable[self.view.last_row :].sum()))
         started_s = time.perf_counter()
-        keys, weights = self._select(index, seen)
+        chosen = self._select(index, seen)
         select_s = time.perf_counter() - started_s
-        chosen = pl.DataFrame({"key": keys} if weights is None else {"key": keys, "weight": weights})
-        self.owner.save_selection(index, chosen)
-        yield self.owner.event("selected", index=index, samples=len(keys), seconds=round(select_s, 4))
-        content = blake3(keys.tobytes()).update(b"" if weights is None else weights.tobytes()).hexdigest()
-        training = self._training(index, content)
+        write_selection(self.owner.catalog.root, self.owner.run, index, chosen)
+        samples, selection = chosen["key"].n_unique(), content(chosen)
+        yield self.owner.event("selected", index=index, samples=samples, seconds=round(select_s, 4))
+        training = self._training(index, selection)
         with self._alone(training):
             earlier = self.owner.trained_before(training) if self.owner.reuse else None
             if earlier is None:
                 started_s = time.perf_counter()
-                state, outcome = self._fit(index, seen, keys, weights, content)
+                outcome = self._fit(index, seen, chosen, selection)
                 train_s = time.perf_counter() - started_s
             else:
-                state, train_s = self.owner.store.load(earlier.model), earlier.train_s
-                outcome = Outcome(earlier.report, earlier.samples_passed, None)
+                outcome = Outcome(self.owner.store.load(earlier.model), earlier.report, earlier.samples_passed)
+                train_s = earlier.train_s
             self.show("storing", seen, trigger=index)
             trained, event = self.owner.commit_trained(
-                Trained(index, position, last_ns, "", len(keys), train_s),
-                state,
+                Trained(index, position, last_ns, "", samples, train_s),
+                outcome.state,
                 parent=self._parent(),
                 columns={
                     "block_start": self.stream.position(block_row),
-                    "selection": content,
+                    "dataset_version": self.stream.version.number,
+                    "selection": selection,
                     "training": training,
                     "select_s": select_s,
                     "samples_passed": outcome.passed,
@@ -186,7 +184,7 @@ class _Loop:
                 policies=pickle.dumps((snapshot, _pickled(self.selection))),
                 event={
                     "index": index,
-                    "samples": len(keys),
+                    "samples": samples,
                     "seconds": round(train_s, 4),
                     **({} if earlier is None else {"reused": earlier.run}),
                     **(outcome.history[-1] if outcome.history else {}),
@@ -196,27 +194,28 @@ class _Loop:
         self._forget(index)
         yield event
 
-    def _select(self, index: int, seen: int) -> "tuple[IntArray, np.ndarray[Any, Any] | None]":
+    def _select(self, index: int, seen: int) -> pl.DataFrame:
+        """Return key, and weight, epoch and score where the selection gave them."""
         pool = self.stream.table.head(seen)
         trainable = self.stream.trainable[:seen]
         if not trainable.all():
             pool = pool.filter(trainable)
         rng = np.random.default_rng([self.pipeline.seed, index])
-        keys, weights = _keys_and_weights(self.selection(pool, self.view, rng))
-        rows = self.stream.place(keys)
-        if len(keys) and not (rows.min() >= 0 and rows.max() < seen and trainable[rows].all()):
+        chosen = as_chosen(self.selection(pool, self.view, rng), self.pipeline.training.epochs)
+        rows = self.stream.place(chosen["key"].to_numpy())
+        if chosen.height and not (rows.min() >= 0 and rows.max() < seen and trainable[rows].all()):
             raise PolicyError(f"the selection returned keys at trigger {index} that are not in its pool")
-        if not len(keys):
+        if not chosen.height:
             raise PolicyError(
                 f"the selection returned no samples at trigger {index} ({seen} in the pool); return at least one key, "
                 "or let the trigger decide not to train"
             )
-        return keys, weights
+        return chosen
 
     def _training(self, index: int, selection: str) -> str:
         """Identity of a training: equal ones give equal models."""
         pipeline = self.pipeline
-        about = (pipeline.dataset.name, self.stream.number, selection, self._parent(), self._seed(index))
+        about = (pipeline.dataset.name, self.stream.number, selection, self._parent(), seed_of(pipeline, index))
         return digest([*about, pipeline.model, pipeline.training])
 
     def _alone(self, training: str) -> AbstractContextManager[None]:
@@ -225,49 +224,24 @@ class _Loop:
             return nullcontext()
         return locked(self.owner.catalog.root / "locks" / training, self.owner.check)
 
-    def _seed(self, index: int) -> int:
-        seed = self.pipeline.seed if self.pipeline.training.seed is None else self.pipeline.training.seed
-        return int(np.random.SeedSequence([seed, index]).generate_state(1)[0])
-
-    def _fit(
-        self, index: int, seen: int, keys: IntArray, weights: "np.ndarray[Any, Any] | None", identity: str
-    ) -> tuple[dict[str, torch.Tensor], Outcome]:
-        """Train one model; return its tensors and what else came out."""
-        training, parent = self.pipeline.training, self._parent()
-        seed = self._seed(index)
-        task = Task(
-            training,
-            seed,
-            keys,
-            weights,
+    def _fit(self, index: int, seen: int, chosen: pl.DataFrame, selection: str) -> Outcome:
+        """Train one model; its state on the way and its optimizer are kept beside the run."""
+        parent, carry = self._parent(), self.pipeline.training.carry_optimizer
+        outcome = train(
+            self.pipeline,
+            index,
+            self.stream.version,
+            chosen,
+            parent=None if parent is None else self.owner.store.load(parent),
+            device=self.device,
+            on_batch=self._in_training(index, seen, chosen),
             checkpoint=self._file(index, "checkpoint"),
-            identity=f"{identity} {parent}",
-            carried=read_state(self._file(index - 1, "optimizer")) if parent and training.carry_optimizer else None,
+            identity=f"{selection} {parent}",
+            carried=read_state(self._file(index - 1, "optimizer")) if parent and carry else None,
         )
-        on_batch = self._in_training(index, seen, training.epochs * len(keys))
-        with seeded(seed):
-            model = self.pipeline.model()
-            if not isinstance(model, torch.nn.Module):
-                raise TrainingError(f"the model function returned {type(model).__name__}, not an nn.Module")
-            if parent is not None:
-                model.load_state_dict(self.owner.store.load(parent))
-            model.to(self.device)
-            if training.processes == 1:
-                outcome = train(model, self.stream.version, task, device=self.device, on_batch=on_batch)
-            else:
-                dataset = self.pipeline.dataset.at(self.stream.number)
-                outcome = train_together(model, dataset, task, device=self.device, on_batch=on_batch)
-        state = {
-            name: value.detach().cpu() if isinstance(value, torch.Tensor) else value
-            for name, value in model.state_dict().items()
-        }
-        # A buffer may hold infinities on purpose (an attention mask).
-        bad = [name for name, value in model.named_parameters() if not torch.isfinite(value).all()]
-        if bad:
-            raise TrainingError(f"after training, {', '.join(bad)} of the model are not finite (NaN or infinity)")
-        if training.carry_optimizer:
+        if carry:
             write_state(self._file(index, "optimizer"), outcome.carried)
-        return state, outcome
+        return outcome
 
     def _parent(self) -> str | None:
         """Return the model that the next training starts from."""
@@ -283,9 +257,12 @@ class _Loop:
             if path != self._file(index, "optimizer"):
                 path.unlink()
 
-    def _in_training(self, index: int, seen: int, total: int) -> Any:
+    def _in_training(self, index: int, seen: int, chosen: pl.DataFrame) -> Any:
         """Make the function that the loader calls before each batch: obey requests, tell the progress."""
         before, done = self.view.last_row, 0
+        training = self.pipeline.training
+        passes = 1 if "epoch" in chosen.columns else training.epochs
+        total = passes * (chosen.height - int(training.validation * chosen.height))
         base = {"phase": "training", "trigger": index, "samples": total}
         scale = (1 - _EVALUATION_SHARE) / len(self.stream)
 
@@ -359,20 +336,3 @@ def _pickled(policy: Any) -> bytes:
         raise PolicyError(
             f"{describe(policy)} cannot be saved, so the run could not continue later: {error}"
         ) from error
-
-
-def _keys_and_weights(chosen: Any) -> "tuple[IntArray, np.ndarray[Any, Any] | None]":
-    """Convert what a selection returned to int64 keys and float32 weights."""
-    weights = None
-    if isinstance(chosen, pl.DataFrame):
-        if "key" not in chosen.columns:
-            raise PolicyError(f"the selection returned a frame without a column key: {chosen.columns}")
-        if "weight" in chosen.columns:
-            weights = chosen["weight"].cast(pl.Float32).to_numpy(writable=True)
-            if not (np.isfinite(weights).all() and (weights >= 0).all()):
-                raise PolicyError("the selection returned weights that are negative, null or not finite")
-        chosen = chosen["key"]
-    try:
-        return np.ascontiguousarray(as_keys(chosen)), weights
-    except (InvalidInput, TypeError, ValueError) as error:
-        raise PolicyError(f"the selection must return keys or a frame with columns key and weight: {error}") from error

@@ -17,9 +17,10 @@ import sqlalchemy as sa
 from dynkit import catalog as tables
 from dynkit import html
 from dynkit.catalog import Catalog
-from dynkit.errors import Conflict, NotFound, StorageError, WaitTimeout, did_you_mean
+from dynkit.errors import Conflict, NotFound, WaitTimeout, did_you_mean
 from dynkit.evaluation.composite import CompositeKind, composite, mean_scores
 from dynkit.evaluation.transfer import transfer
+from dynkit.lineage.samples import read_selection
 from dynkit.pipeline.owner import trained_of
 from dynkit.pipeline.process import ACTIVE, identity, true_status
 from dynkit.pipeline.scores import read_scores
@@ -171,20 +172,36 @@ class Run:
         last = pl.from_epoch("last_ns", time_unit="ns").dt.replace_time_zone("UTC").alias("last_timestamp")
         return frame.select("index", last, pl.exclude("index", "last_ns")).with_columns(reports)
 
+    def decisions(self) -> pl.DataFrame:
+        """Return what triggers saw each time they looked, whether they fired or not.
+
+        Returns
+        -------
+        pl.DataFrame
+            Columns timestamp (of the last sample seen), position, trigger, score, threshold, fired, and what else a
+            trigger reported; null where it did not. Triggers that only count report nothing.
+        """
+        found = [event.data for event in self.events() if event.kind == "decided"]
+        first: dict[str, Any] = {"timestamp": pl.Datetime("ns", "UTC"), "position": pl.Int64, "trigger": pl.String}
+        first |= {"score": pl.Float64, "threshold": pl.Float64, "fired": pl.Boolean}
+        rows = [{**one, "timestamp": one["at_ns"]} for one in found]
+        more = {name: None for one in found for name in one if name not in first and name != "at_ns"}
+        columns = {name: [row.get(name) for row in rows] for name in (*first, *more)}
+        return pl.DataFrame(
+            [pl.Series(name, values, dtype=first.get(name), strict=False) for name, values in columns.items()]
+        )
+
     def selection(self, index: int) -> pl.DataFrame:
-        """Keys (and weights, if there were any) that trigger `index` trained on.
+        """Return the samples that trigger `index` trained on: key, and weight, epoch and score where there were any.
 
         Raises
         ------
         NotFound
         """
-        path = self.folder / "selections" / f"{index:06d}.arrow"
-        if not 0 <= index < len(self.trained):
-            raise NotFound(f"run {self.id} has no trigger {index}; it has {len(self.trained)}")
-        try:
-            return pl.read_ipc(path)
-        except (OSError, pl.exceptions.PolarsError) as error:
-            raise StorageError(f"the selection {path} cannot be read: {error}") from error
+        indexes = [one.index for one in self.trained]
+        if index not in indexes:
+            raise NotFound(f"run {self.id} has no trigger {index}; it has {len(indexes)}")
+        return read_selection(self._catalog.root, self.id, index)
 
     def matrix(self, slice: str = "") -> pl.DataFrame:
         """Scores of all models in all windows: window_start, window_end, model, metric, value.

@@ -148,8 +148,9 @@ class View:
 
     def report(self, position: int, **numbers: Any) -> None:
         """See `RunView`."""
-        seen = self._stream.position(self._past_rows + position + 1)
-        self._reports.append({"position": seen, **numbers})
+        row = self._past_rows + position
+        at = {"position": self._stream.position(row + 1), "at_ns": int(self._stream.time_ns[row])}
+        self._reports.append({**at, **numbers})
 
     def reported(self) -> list[dict[str, Any]]:
         """Return what triggers reported since the last call, each with its position in the stream."""

@@ -33,9 +33,16 @@ _GRID = 10_080  # places at which the mean share of a concept is taken; up to te
 
 
 def abrupt(*concepts: Source, seed: int = 0) -> Stream:
-    """Show one concept after the other, each for the same number of samples."""
-    streams = _concepts("abrupt", concepts)
-    return _in_stages("abrupt", streams[0], [(one.x, one.y) for one in streams], np.eye(len(streams)), seed)
+    """Show one concept after the other, each for the same number of samples.
+
+    Examples
+    --------
+    >>> from dynkit.streams import blobs
+    >>> abrupt(blobs(300), blobs(500, seed=1)).drifts
+    (300,)
+    """
+    first, pools = _concepts("abrupt", concepts)
+    return _in_stages("abrupt", first, pools, np.eye(len(pools)), seed)
 
 
 def recurring(*concepts: Source, cycles: int = 2, seed: int = 0) -> Stream:
@@ -49,9 +56,8 @@ def recurring(*concepts: Source, cycles: int = 2, seed: int = 0) -> Stream:
     seed : int
     """
     check_whole("cycles", cycles, 1)
-    streams = _concepts("recurring", concepts)
-    shares = np.tile(np.eye(len(streams)), (cycles, 1))
-    return _in_stages("recurring", streams[0], [(one.x, one.y) for one in streams], shares, seed)
+    first, pools = _concepts("recurring", concepts)
+    return _in_stages("recurring", first, pools, np.tile(np.eye(len(pools)), (cycles, 1)), seed)
 
 
 def mixture(first: Source, second: Source, *, shares: Sequence[float] = (0, 0.5, 1), seed: int = 0) -> Stream:
@@ -65,9 +71,8 @@ def mixture(first: Source, second: Source, *, shares: Sequence[float] = (0, 0.5,
     seed : int
     """
     share = _between("shares", shares, 0, 1)
-    streams = _concepts("mixture", (first, second))
-    shares_SC = np.stack([1 - share, share], axis=1)
-    return _in_stages("mixture", streams[0], [(one.x, one.y) for one in streams], shares_SC, seed)
+    source, pools = _concepts("mixture", (first, second))
+    return _in_stages("mixture", source, pools, np.stack([1 - share, share], axis=1), seed)
 
 
 def gradual(before: Source, after: Source, *, begin: float = 0.4, end: float = 0.6, seed: int = 0) -> Stream:
@@ -87,9 +92,9 @@ def gradual(before: Source, after: Source, *, begin: float = 0.4, end: float = 0
         second = np.clip((u - begin) / (end - begin), 0, 1)
         return np.stack([1 - second, second], axis=1)
 
-    streams = _concepts("gradual", (before, after))
-    x, y, chosen = _drawn([(one.x, one.y) for one in streams], share, seed)
-    return _made(streams[0], "gradual", x, y, (int(np.searchsorted(middles(len(x)), begin)),), chosen)
+    source, pools = _concepts("gradual", (before, after))
+    x, y, chosen = _drawn(pools, share, seed)
+    return _made(source, "gradual", x, y, (int(np.searchsorted(middles(len(x)), begin)),), chosen)
 
 
 def prior_shift(source: Source, *, priors: Sequence[Sequence[float]] | None = None, seed: int = 0) -> Stream:
@@ -111,7 +116,9 @@ def prior_shift(source: Source, *, priors: Sequence[Sequence[float]] | None = No
     used = stages.sum(0) > 0
     pools = [(x[y == value], y[y == value]) for value in classes[used]]
     stages = stages[:, used] / stages.sum(1, keepdims=True)
-    return _in_stages("prior-shift", stream, pools, stages, seed)
+    x, y, _ = _drawn(pools, _steps(stages), seed)
+    stage, drifts = evenly(len(x), len(stages))
+    return _made(stream, "prior-shift", x, y, drifts, stage)
 
 
 def class_incremental(source: Source, *, stages: int | Sequence[Sequence[int]] = 5, seed: int = 0) -> Stream:
@@ -127,6 +134,13 @@ def class_incremental(source: Source, *, stages: int | Sequence[Sequence[int]] =
     References
     ----------
     van de Ven, Tuytelaars and Tolias, "Three types of incremental learning", Nature Machine Intelligence 4, 2022.
+
+    Examples
+    --------
+    >>> x, y = np.arange(12.0).reshape(6, 2), np.array([0, 1, 2, 0, 1, 2])
+    >>> stream = class_incremental((x, y), stages=[[2], [0, 1]])
+    >>> stream.y[:2].tolist(), sorted(stream.y[2:].tolist()), stream.drifts
+    ([2, 2], [0, 0, 1, 1], (2,))
     """
     stream = _stream(source)
     y, classes = stream.y, _classes(stream, "class_incremental")
@@ -266,21 +280,26 @@ def _as_dtype(values: Array, dtype: np.dtype[Any]) -> Array:
     return values.astype(dtype)
 
 
-def _concepts(what: str, sources: Sequence[Source]) -> list[Stream]:
+def _concepts(what: str, sources: Sequence[Source]) -> tuple[Stream, list[Pool]]:
+    """Return the first concept, which gives its name, and samples and labels of all."""
     if len(sources) < 2:
         raise InvalidInput(f"{what} needs at least two concepts, not {len(sources)}")
     concepts = [_stream(source) for source in sources]
     shapes = dict.fromkeys(concept.x.shape[1:] for concept in concepts)
     if len(shapes) > 1:
         raise InvalidInput(f"concepts must have samples of one shape, not {' and '.join(map(str, shapes))}")
-    return concepts
+    return concepts[0], [(concept.x, concept.y) for concept in concepts]
 
 
-def _in_stages(what: str, source: Stream, pools: Sequence[Pool], shares: Array, seed: int) -> Stream:
-    """Draw from concepts by the shares (S, C) of each of S stages of the same length."""
-    stages = len(shares)
-    x, y, chosen = _drawn(pools, lambda u: shares[(u * stages).astype(int)], seed)
-    return _made(source, what, x, y, evenly(len(x), stages)[1], chosen)
+def _in_stages(what: str, source: Stream, pools: Sequence[Pool], shares_SC: Array, seed: int) -> Stream:
+    """Draw from concepts by their shares in each of S stages of the same length."""
+    x, y, chosen = _drawn(pools, _steps(shares_SC), seed)
+    return _made(source, what, x, y, evenly(len(x), len(shares_SC))[1], chosen)
+
+
+def _steps(shares_SC: Array) -> Callable[[Array], Array]:
+    """Shares at places u in (0, 1) of a stream of stages of the same length."""
+    return lambda u: shares_SC[(u * len(shares_SC)).astype(int)]
 
 
 def _drawn(pools: Sequence[Pool], share: Callable[[Array], Array], seed: int) -> tuple[Array, Array, Array]:

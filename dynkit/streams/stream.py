@@ -56,6 +56,17 @@ class Stream:
     ------
     InvalidInput
         When a column is missing, the times fall or a drift is at no row.
+
+    Examples
+    --------
+    >>> import dynkit as dk, tempfile
+    >>> stream = dk.streams.sea(2000, thresholds=(8, 9.5))
+    >>> stream
+    Stream('sea', 2000 samples, 2 classes, 2020-01-01 to 2020-01-02, drifts at 1000)
+    >>> stream.x.shape, stream.drift_times[0].isoformat()
+    ((2000, 3), '2020-01-01T16:40:00+00:00')
+    >>> stream.pipeline(dk.Workspace(tempfile.mkdtemp()), selection=dk.selection.All()).dataset
+    Dataset('sea', version=1, samples=2000, fields=...)
     """
 
     name: str

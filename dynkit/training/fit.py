@@ -69,7 +69,8 @@ class FitContext:
 
     def report(self, **values: Any) -> None:
         """Keep numbers (an epoch's losses, say; tensors of one number too) with the model that comes out."""
-        self.history.append({name: value if isinstance(value, int) else float(value) for name, value in values.items()})
+        numbers = {name: value.detach() if isinstance(value, torch.Tensor) else value for name, value in values.items()}
+        self.history.append({name: one if isinstance(one, int) else float(one) for name, one in numbers.items()})
 
     def loss(self, outputs: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Mean loss of a batch, weighted by its weights: sum(w_i * loss_i) / sum(w_i).

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from dynkit.data import Batches, Version
+from dynkit.errors import TrainingError
 from dynkit.time import IntArray
 from dynkit.training.checkpoint import Checkpoint
 from dynkit.training.fit import FitContext, fit
@@ -29,6 +30,8 @@ class Task:
         Of the order of samples and the share that is held out.
     keys : (N,) int64
     weights : (N,) float32 or None
+    epochs : (N,) int64 or None
+        In which epoch each sample is used; None: in all of them.
     checkpoint : Path or None
         File that keeps the state of the training.
     identity : str
@@ -41,6 +44,7 @@ class Task:
     seed: int
     keys: IntArray
     weights: "np.ndarray[Any, Any] | None" = None
+    epochs: "np.ndarray[Any, Any] | None" = None
     checkpoint: Path | None = None
     identity: str = ""
     carried: Any = None
@@ -90,6 +94,7 @@ def train(
         version,
         keys,
         weights=weights,
+        epochs=task.epochs,
         shuffle=True,
         seed=task.seed,
         last="join",
@@ -112,6 +117,8 @@ def train(
 def _split(task: Task) -> "tuple[IntArray, np.ndarray[Any, Any] | None, IntArray]":
     """Keys and weights to train on, and keys to validate on."""
     n = int(task.training.validation * len(task.keys))
+    if n and task.epochs is not None:
+        raise TrainingError("a selection that differs from epoch to epoch leaves no validation share; use validation=0")
     if not n:
         return task.keys, task.weights, task.keys[:0]
     order = np.random.default_rng(task.seed).permutation(len(task.keys))

@@ -1,0 +1,198 @@
+"""Make a model anew from its origin: with other parents, or without some samples.
+
+What a training needs of its pipeline is above this package; `Recipe` says what is asked of it, and the workspace
+brings it along. A result is remembered under the identity of its recipe (code, trigger, parents, samples), so that
+work that was interrupted goes on where it stopped, and nothing is trained twice.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import cloudpickle
+import polars as pl
+import sqlalchemy as sa
+import torch
+from blake3 import blake3
+
+from dynkit.catalog import Catalog, edges, origins, recipes
+from dynkit.data import Dataset, Version
+from dynkit.errors import InvalidInput, NotFound
+from dynkit.evaluation.matrix import Scored
+from dynkit.lineage.operators import merged
+from dynkit.lineage.origins import Origin
+from dynkit.lineage.samples import content, read_selection, without
+from dynkit.lineage.storing import put
+from dynkit.models import ModelStore
+from dynkit.time import IntArray
+from dynkit.types import Window
+
+__all__ = ["Built", "Recipe", "Workshop", "link", "make", "version_of"]
+
+State = dict[str, torch.Tensor]
+
+
+class Recipe(Protocol):
+    """How a run trained and judged its models; see `dynkit.pipeline.recipe`."""
+
+    def train(self, index: int, version: Version, chosen: pl.DataFrame, parent: State | None, /) -> Any: ...
+
+    def judge(
+        self, states: dict[str, State], windows: Iterable[Window], version: Version, without: IntArray, /
+    ) -> Iterator[tuple[Window, dict[str, Scored]]]: ...
+
+    def module(self) -> torch.nn.Module: ...
+
+
+@dataclass(frozen=True)
+class Built:
+    """A model that was made anew.
+
+    Parameters
+    ----------
+    model : str
+    selection : str
+        BLAKE3 of the keys, weights and epochs it was trained on; empty when it was not trained.
+    samples : int
+    seconds : float
+    details : dict
+        Samples passed and reports of the training.
+    """
+
+    model: str
+    selection: str
+    samples: int
+    seconds: float
+    details: dict[str, Any]
+
+
+def link(connection: sa.Connection, kind: str, parents: Iterable[str], child: str, run: str = "") -> None:
+    """Add edges, unless they are there; a model is not its own parent."""
+    rows = [{"parent": p, "child": child, "kind": kind, "run": run} for p in dict.fromkeys(parents) if p != child]
+    if rows:
+        connection.execute(sa.insert(edges).prefix_with("OR IGNORE"), rows)
+
+
+def version_of(dataset: Dataset, number: int) -> Dataset:
+    """Return the dataset at this version; when that was erased, at the oldest one after it."""
+    try:
+        return dataset.at(number)
+    except NotFound:
+        return dataset.at(min(one.number for one in dataset.versions() if one.number >= number))
+
+
+def make(code: bytes, parents: Iterable[State]) -> State:
+    """Call the pickled function of an origin."""
+    made = cloudpickle.loads(code)(*parents)
+    state = made.state_dict() if isinstance(made, torch.nn.Module) else made
+    if not isinstance(state, Mapping):
+        raise InvalidInput(f"the function that makes a model returned {type(made).__name__}; expected a state dict")
+    return dict(state)
+
+
+class Workshop:
+    """Rebuilds models of one workspace.
+
+    Parameters
+    ----------
+    catalog : Catalog
+    store : ModelStore
+    recipe : callable
+        Gives the recipe of a run.
+    """
+
+    def __init__(self, catalog: Catalog, store: ModelStore, recipe: Callable[[str], Recipe]) -> None:
+        self._catalog = catalog
+        self._store = store
+        self._recipe = recipe
+        self._recipes: dict[str, Recipe] = {}
+
+    def recipe(self, run: str) -> Recipe:
+        """Return the recipe of a run, loaded once."""
+        if run not in self._recipes:
+            self._recipes[run] = self._recipe(run)
+        return self._recipes[run]
+
+    def can_build(self, origin: Origin) -> bool:
+        """Whether there is a recipe: a training, a function or a merge."""
+        return origin.training is not None or origin.how in ("made", "merged")
+
+    def build(self, origin: Origin, parents: tuple[str, ...], leave_out: IntArray | None = None) -> Built | None:
+        """Make the model of an origin with these parents and without these samples, and store it.
+
+        Where it belongs is for the caller to say; what was built once is found again.
+
+        Parameters
+        ----------
+        origin : Origin
+        parents : tuple of str
+            In place of those of the origin, in the same order.
+        leave_out : (N,) int64 or None
+            Keys.
+
+        Returns
+        -------
+        Built or None
+            None when no samples are left.
+        """
+        if origin.training is None:
+            identity = _identity(origin, parents, "")
+            return self._known(identity, "", 0) or self._made(identity, origin, parents)
+        frame = read_selection(self._catalog.root, *origin.training)
+        if leave_out is not None:
+            frame = without(frame, leave_out)
+        if not frame.height:
+            return None
+        selection = content(frame)
+        identity = _identity(origin, parents, selection)
+        known = self._known(identity, selection, frame["key"].n_unique())
+        return known or self._trained(identity, origin, parents, frame)
+
+    def _known(self, identity: str, selection: str, samples: int) -> Built | None:
+        with self._catalog.read() as connection:
+            row = connection.execute(sa.select(recipes).where(recipes.c.id == identity)).one_or_none()
+        return None if row is None else Built(row.model, selection, samples, row.seconds, row.details)
+
+    def _made(self, identity: str, origin: Origin, parents: tuple[str, ...]) -> Built:
+        """Merge, or call the function that somebody gave."""
+        started_s = time.perf_counter()
+        states = [self._store.load(parent) for parent in parents]
+        if origin.how == "merged":
+            state = merged(origin.recipe, states)
+        else:
+            with self._catalog.read() as connection:
+                code = connection.scalar(sa.select(origins.c.code).where(origins.c.id == origin.number))
+            state = make(bytes(code or b""), states)
+        return self._remember(identity, parents, state, Built("", "", 0, time.perf_counter() - started_s, {}))
+
+    def train(self, origin: Origin, parents: tuple[str, ...], chosen: pl.DataFrame) -> Any:
+        """Train as the run did; the outcome is not stored."""
+        assert origin.run is not None and origin.index is not None
+        assert origin.dataset is not None and origin.dataset_version is not None
+        version = version_of(Dataset(self._catalog, origin.dataset), origin.dataset_version).open()
+        parent = self._store.load(parents[0]) if parents else None
+        return self.recipe(origin.run).train(origin.index, version, chosen, parent)
+
+    def _trained(self, identity: str, origin: Origin, parents: tuple[str, ...], chosen: pl.DataFrame) -> Built:
+        started_s = time.perf_counter()
+        outcome = self.train(origin, parents, chosen)
+        details = {"samples_passed": outcome.passed, "report": outcome.history}
+        seconds = time.perf_counter() - started_s
+        built = Built("", content(chosen), chosen["key"].n_unique(), seconds, details)
+        return self._remember(identity, parents, outcome.state, built)
+
+    def _remember(self, identity: str, parents: tuple[str, ...], state: State, built: Built) -> Built:
+        row = {"id": identity, "seconds": built.seconds, "details": built.details}
+
+        def also(connection: sa.Connection, model: str) -> None:
+            connection.execute(sa.insert(recipes).prefix_with("OR REPLACE"), {**row, "model": model})
+
+        return replace(built, model=put(self._store, state, also, parents))
+
+
+def _identity(origin: Origin, parents: tuple[str, ...], selection: str) -> str:
+    """Identity of what is done: code, which trigger, parents in their order, samples."""
+    what = [origin.how if origin.training is None else "trained", origin.digest, origin.index, parents, selection]
+    return blake3(json.dumps(what).encode()).hexdigest()

@@ -1,0 +1,231 @@
+"""Tensors out of packs: find the frame, decode what it is predicted from, decode it, compare the hash.
+
+A tensor may depend on others that depend on others. How far is bounded when it is written (`Reader.admits`): at most
+`DEPTH` frames deep, and at most `COST` times its own size of frames to read. A tensor of which only a recipe is stored,
+such as the average of other models, may need `FREE_COST` times its size; one with bytes of its own is never based on
+another if that exceeds its own bound.
+"""
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from dynkit.catalog import Catalog
+from dynkit.errors import StorageError
+from dynkit.models.encoding import Frame, Ref, decode
+from dynkit.models.packs import Pack, packs_at, read_pack
+from dynkit.models.tensors import digest, raw
+
+__all__ = ["COST", "DEPTH", "Packs", "Reader"]
+
+DEPTH = 8
+COST = 3.0
+FREE_COST = 8.0
+_ATTEMPTS = 5
+
+
+class Recent:
+    """Tensors decoded lately, up to so many bytes; not to be changed, so they are never given to a user."""
+
+    def __init__(self, size_bytes: int) -> None:
+        self._left = size_bytes
+        self._tensors: OrderedDict[bytes, torch.Tensor] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: bytes) -> torch.Tensor | None:
+        """Return a tensor by its identity."""
+        with self._lock:
+            tensor = self._tensors.get(key)
+            if tensor is not None:
+                self._tensors.move_to_end(key)
+            return tensor
+
+    def put(self, key: bytes, tensor: torch.Tensor) -> None:
+        """Keep a tensor, in place of the ones not used for longest."""
+        with self._lock:
+            if key in self._tensors:
+                return
+            self._tensors[key] = tensor
+            self._left -= tensor.nbytes
+            while self._left < 0:
+                self._left += self._tensors.popitem(last=False)[1].nbytes
+
+
+class Packs:
+    """The pack files of a workspace, with what is worth keeping in memory between two operations.
+
+    Parameters
+    ----------
+    catalog : Catalog
+    recent_bytes : int
+    """
+
+    def __init__(self, catalog: Catalog, recent_bytes: int = 256 << 20) -> None:
+        self.catalog = catalog
+        self.folder = catalog.root / "models" / "packs"
+        self.indexes: dict[int, Pack] = {}
+        self.recent = Recent(recent_bytes)
+
+    def reading(self) -> "Reader":
+        """Begin to read; to be used in a ``with`` block."""
+        return Reader(self)
+
+
+class Reader:
+    """One operation's view of the packs."""
+
+    def __init__(self, packs: Packs) -> None:
+        self.catalog = packs.catalog
+        self._folder = packs.folder
+        self._packs = packs.indexes
+        self._recent = packs.recent
+        self._checked: set[int] = set()
+        self._files: dict[str, int] = {}
+        self._lock = threading.Lock()
+        self._reach: dict[Ref, tuple[dict[Ref, int], int]] = {}
+        self._planned: dict[Ref, Frame] = {}
+
+    def __enter__(self) -> "Reader":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for descriptor in self._files.values():
+            os.close(descriptor)
+        self._files.clear()
+
+    def prepare(self, packs: Iterable[int]) -> None:
+        """Look up several packs at once; ones that are gone are left out."""
+        new = set(packs) - self._checked
+        for attempt in range(_ATTEMPTS):
+            with self.catalog.read() as connection:
+                rows = packs_at(connection, new)
+            try:
+                for id, row in rows.items():
+                    if id not in self._packs or self._packs[id].file != row.file:
+                        self._packs[id] = read_pack(self._folder, row)
+                break
+            except StorageError:
+                raise
+            except OSError as error:
+                if isinstance(error, FileNotFoundError) and attempt < _ATTEMPTS - 1:
+                    continue  # another process has just moved it
+                raise _unreadable(error, self._folder) from error
+        for id in new - rows.keys():
+            self._packs.pop(id, None)
+        self._checked |= new
+
+    def pack(self, id: int) -> Pack:
+        """Return the index of a pack."""
+        if id not in self._checked:
+            self.prepare([id])
+        try:
+            return self._packs[id]
+        except KeyError:
+            raise StorageError(f"pack {id} of model tensors is not in the catalog of {self.catalog.root}") from None
+
+    def find(self, ref: Ref) -> Frame | None:
+        """Return how a tensor is stored, None where it is not any more."""
+        if ref[0] not in self._checked:
+            self.prepare([ref[0]])
+        pack = self._packs.get(ref[0])
+        return pack.frames[ref[1]] if pack is not None else None
+
+    def frame(self, ref: Ref) -> Frame:
+        """Return how a tensor is stored."""
+        frame = self.pack(ref[0]).frames[ref[1]]
+        if frame is None:
+            raise StorageError(f"the tensor {ref} in {self._folder} was removed")
+        return frame
+
+    def data(self, ref: Ref) -> bytes:
+        """Read the stored bytes of a tensor."""
+        for attempt in range(_ATTEMPTS):
+            pack, frame = self.pack(ref[0]), self.frame(ref)
+            try:
+                return os.pread(self._descriptor(pack.file), frame.size, pack.offsets[ref[1]])
+            except OSError as error:
+                if not isinstance(error, FileNotFoundError) or attempt == _ATTEMPTS - 1:
+                    raise _unreadable(error, self._folder / pack.file) from error
+                self._checked.discard(ref[0])
+        raise AssertionError
+
+    def _descriptor(self, file: str) -> int:
+        with self._lock:
+            if file not in self._files:
+                self._files[file] = os.open(self._folder / file, os.O_RDONLY)
+            return self._files[file]
+
+    def tensor(self, ref: Ref) -> torch.Tensor:
+        """Read a tensor into memory of its own.
+
+        Raises
+        ------
+        StorageError
+            When it, or one that it is predicted from, is missing or damaged.
+        """
+        return self._decoded(ref, self.frame(ref))
+
+    def base(self, ref: Ref) -> torch.Tensor:
+        """Decode a tensor that others are predicted from; not to be changed."""
+        frame = self.frame(ref)
+        tensor = self._recent.get(frame.id)
+        if tensor is None:
+            tensor = self._decoded(ref, frame)
+            self._recent.put(frame.id, tensor)
+        return tensor
+
+    def _decoded(self, ref: Ref, frame: Frame) -> torch.Tensor:
+        bases = [self.base(base) for base in frame.bases]
+        try:
+            tensor = decode(frame, self.data(ref), bases)
+            sound = digest(frame.dtype, frame.shape, raw(tensor)) == frame.id
+        except StorageError:
+            raise
+        except Exception:  # what a coder says of damaged bytes differs
+            sound = False
+        if not sound:
+            where = self._folder / self.pack(ref[0]).file
+            raise StorageError(f"a tensor in {where} is damaged: its content does not hash to {frame.id.hex()[:12]}")
+        return tensor
+
+    def reach(self, ref: Ref) -> tuple[dict[Ref, int], int]:
+        """Return the stored bytes of all frames that a tensor needs, its own too, and how deep they go."""
+        if ref not in self._reach:
+            frame = self._planned.get(ref) or self.frame(ref)
+            needed, depth = {ref: frame.size}, 0
+            for base in frame.bases:
+                more, below = self.reach(base)
+                needed |= more
+                depth = max(depth, below)
+            self._reach[ref] = needed, depth + 1
+        return self._reach[ref]
+
+    def plan(self, ref: Ref, frame: Frame) -> None:
+        """Count with a tensor being stored in another way soon."""
+        self._planned[ref] = frame
+        self._reach.clear()
+
+    def admits(self, raw_bytes: int) -> Callable[[Sequence[Ref], int], bool]:
+        """Return what tells whether a tensor of so many bytes may depend on some, with a frame of some size."""
+
+        def admitted(bases: Sequence[Ref], size: int) -> bool:
+            needed: dict[Ref, int] = {}
+            for base in bases:
+                more, depth = self.reach(base)
+                needed |= more
+                if depth >= DEPTH:
+                    return False
+            return not bases or sum(needed.values()) + size <= (COST if size else FREE_COST) * raw_bytes
+
+        return admitted
+
+
+def _unreadable(error: OSError, path: Any) -> StorageError:
+    return StorageError(f"model tensors {error.filename or path} cannot be read: {error.strerror or error}")

@@ -1,0 +1,370 @@
+"""Look after packs: find damage, free what no model needs, store better what is there.
+
+References never change, so a new file takes over from an old one in one transaction, while others read and write:
+readers who miss the old file look up the new one, writers who relied on a freed tensor start over. `gc` and `repack`
+exclude each other by a lock that ends with its process.
+"""
+
+import fcntl
+import time
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+
+from dynkit import html
+from dynkit.catalog import edges, layouts, models, packs, tensors
+from dynkit.errors import StorageError
+from dynkit.models.encoding import Frame, Ref
+from dynkit.models.packs import PackFile, packs_at
+from dynkit.models.reading import Packs, Reader
+from dynkit.models.records import Stored, batched, stored
+from dynkit.models.writing import coded_tensor, key_of, lineage_of, related
+
+__all__ = ["Damage", "Freed", "collect", "inspect", "rewrite"]
+
+_FILE_BYTES = 64 << 20  # of a file that repack makes of several
+_SIBLINGS = 2
+_WORTH = 0.99  # of its size that a frame must become, to be changed
+_ATTEMPTS = 5
+
+
+@dataclass(frozen=True)
+class Damage:
+    """A tensor that cannot be read.
+
+    Parameters
+    ----------
+    tensor : str
+        Its identity, or its place where the index of its pack is damaged.
+    problem : str
+    models : tuple of str
+        Identities of the models that need it.
+    """
+
+    tensor: str
+    problem: str
+    models: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"tensor {self.tensor[:12]}: {self.problem}"
+
+
+@dataclass(frozen=True)
+class Freed:
+    """What an upkeep gave back.
+
+    Parameters
+    ----------
+    tensors : int
+        Removed, or stored in a smaller way.
+    files : int
+        Removed.
+    size_bytes : int
+        By which the pack files became smaller.
+    """
+
+    tensors: int
+    files: int
+    size_bytes: int
+
+    def _repr_html_(self) -> str:
+        rows = [(name, f"{value:,}") for name, value in vars(self).items()]
+        return html.table(["freed", ""], rows, numbers=[""])
+
+
+def inspect(shelf: Packs, checked: Sequence[Stored], *, deep: bool) -> list[Damage]:
+    """Check all tensors that some models need."""
+    problems: dict[Ref, tuple[str, str]] = {}
+    needs: dict[Ref, set[Ref]] = {}
+    with Packs(shelf.catalog).reading() as reader:  # nothing from memory
+
+        def check(ref: Ref) -> set[Ref]:
+            """Return the damaged tensors among this one and what it needs."""
+            if ref not in needs:
+                needs[ref] = set()
+                try:
+                    frame = reader.frame(ref)
+                    for base in frame.bases:
+                        needs[ref] |= check(base)
+                    if zlib.crc32(reader.data(ref)) != frame.crc:
+                        raise StorageError(f"its bytes in {reader.pack(ref[0]).file} do not fit their checksum")
+                    if deep and not needs[ref]:
+                        reader.base(ref)
+                except StorageError as error:
+                    problems[ref] = _name(reader, ref), str(error)
+                    needs[ref].add(ref)
+            return needs[ref]
+
+        hit: dict[Ref, list[str]] = {}
+        for model in checked:
+            for ref in set().union(*(check(ref) for ref in model.refs.values())):
+                hit.setdefault(ref, []).append(model.id)
+    return [Damage(*problems[ref], tuple(hit[ref])) for ref in sorted(hit)]
+
+
+def _name(reader: Reader, ref: Ref) -> str:
+    try:
+        return reader.frame(ref).id.hex()
+    except StorageError:
+        return f"{ref[0]}:{ref[1]}"
+
+
+def collect(shelf: Packs, grace_s: float, garbage: float) -> Freed:
+    """Remove what no model needs; see `ModelStore.gc`."""
+    with _alone(shelf.folder):
+        before, files = _folder_size(shelf.folder)
+        for _ in range(_ATTEMPTS):
+            removed = _collect_once(shelf, garbage)
+            if removed is not None:
+                break
+        _remove_orphans(shelf, grace_s)
+        after, left = _folder_size(shelf.folder)
+    return Freed(removed or 0, files - left, before - after)
+
+
+def _collect_once(shelf: Packs, garbage: float) -> int | None:
+    """Free once; None when a writer came between and needs one of the tensors."""
+    with shelf.catalog.read() as connection:
+        known, rows = stored(connection), packs_at(connection)
+    with shelf.reading() as reader:
+        reader.prepare(rows)
+        live = _needed(reader, known.values())
+        dead = {
+            (id, slot)
+            for id in rows
+            for slot, frame in enumerate(reader.pack(id).frames)
+            if frame is not None and (id, slot) not in live
+        }
+        victims = _wasteful(shelf.folder, reader, rows, live, garbage)
+        dropped = {ref for ref in dead if rows[ref[0]].file in victims}
+        if not dropped and not victims:
+            return 0
+        ids = {ref: reader.frame(ref).id for ref in dropped}
+        kept = sorted({pack for pack, _ in live if rows[pack].file in victims})
+
+        def also(connection: sa.Connection) -> None:
+            if _needed_by_new(shelf, connection, known, rows) & dropped:
+                raise _OvertakenError
+            empty = [id for id in rows if rows[id].file in victims and id not in kept]
+            for part in batched(empty):
+                connection.execute(sa.delete(packs).where(packs.c.id.in_(part)))
+            for ref, id in ids.items():
+                place = (tensors.c.pack == ref[0]) & (tensors.c.slot == ref[1])
+                connection.execute(sa.delete(tensors).where((tensors.c.key == key_of(id)) & place))
+            connection.execute(sa.delete(layouts).where(layouts.c.id.not_in(sa.select(models.c.layout))))
+
+        try:
+            _replace(shelf, {id: partial(_live_part, reader, id, live) for id in kept}, also)
+        except _OvertakenError:
+            return None
+    for file in victims:
+        (shelf.folder / file).unlink(missing_ok=True)
+    return len(dropped)
+
+
+def _live_part(reader: Reader, id: int, live: set[Ref]) -> Iterator[tuple[Frame | None, bytes]]:
+    for slot, frame in enumerate(reader.pack(id).frames):
+        yield (frame, reader.data((id, slot))) if (id, slot) in live else (None, b"")
+
+
+def _needed(reader: Reader, known: Iterable[Stored]) -> set[Ref]:
+    """Return the tensors of models, and all that these are predicted from."""
+    live: set[Ref] = set()
+    waiting = [ref for model in known for ref in model.refs.values()]
+    while waiting:
+        ref = waiting.pop()
+        if ref not in live:
+            live.add(ref)
+            frame = reader.find(ref)
+            waiting += frame.bases if frame is not None else ()
+    return live
+
+
+def _wasteful(folder: Path, reader: Reader, rows: "dict[int, sa.Row[Any]]", live: set[Ref], garbage: float) -> set[str]:
+    """Files of which more than this share is not needed."""
+    useful = dict.fromkeys((row.file for row in rows.values()), 0)
+    for id, slot in live:
+        useful[rows[id].file] += reader.frame((id, slot)).size
+    alive = {id for id, _ in live}
+    for id, row in rows.items():
+        useful[row.file] += row.size if id in alive else 0
+    sizes = {file: (folder / file).stat().st_size for file in useful}
+    dead_slots = {
+        row.file
+        for id, row in rows.items()
+        if any(frame is not None and (id, slot) not in live for slot, frame in enumerate(reader.pack(id).frames))
+    }
+    return {
+        file
+        for file, used in useful.items()
+        if not used or (file in dead_slots and sizes[file] - used >= garbage * sizes[file])
+    }
+
+
+def _needed_by_new(
+    shelf: Packs, connection: sa.Connection, known: "dict[str, Stored]", rows: "dict[int, sa.Row[Any]]"
+) -> set[Ref]:
+    """Tensors that models and packs rely on which were committed after `known` and `rows` were read."""
+    fresh = set(connection.scalars(sa.select(models.c.id))) - known.keys()
+    refs = {ref for model in stored(connection, fresh).values() for ref in model.refs.values()}
+    added = set(connection.scalars(sa.select(packs.c.id))) - rows.keys()
+    with shelf.reading() as reader:
+        reader.prepare(added)
+        frames = (frame for id in added for frame in reader.pack(id).frames if frame is not None)
+        return refs | {base for frame in frames for base in frame.bases}
+
+
+def _replace(
+    shelf: Packs,
+    content: Mapping[int, Callable[[], Iterable[tuple[Frame | None, Any]]]],
+    also: Callable[[sa.Connection], None] = lambda connection: None,
+) -> None:
+    """Write packs into a new file and let the catalog point there; nothing happens when `also` raises."""
+    if not content:
+        with shelf.catalog.write() as connection:
+            also(connection)
+        return
+    with PackFile.writing(shelf.folder) as file:
+        placed = {id: file.add(frames()) for id, frames in content.items()}
+        file.finish()
+        with shelf.catalog.write() as connection:
+            for id, written in placed.items():
+                values = {"file": file.name, **vars(written)}
+                connection.execute(sa.update(packs).where(packs.c.id == id).values(**values))
+            also(connection)
+
+
+class _OvertakenError(Exception):
+    """A writer needs what was to be removed."""
+
+
+def _remove_orphans(shelf: Packs, grace_s: float) -> None:
+    """Remove files that are in no catalog and that no writer can be about to commit."""
+    old = time.time() - grace_s
+    candidates = [path for path in shelf.folder.glob("*.pack") if path.stat().st_mtime <= old]
+    candidates += [path for path in shelf.folder.glob(".*.pack") if path.stat().st_mtime <= old]
+    with shelf.catalog.read() as connection:
+        known = set(connection.scalars(sa.select(packs.c.file).distinct()))
+    for path in candidates:
+        if path.name not in known:
+            path.unlink(missing_ok=True)
+
+
+def rewrite(shelf: Packs) -> Freed:
+    """Store every tensor in the smallest way that is found now; see `ModelStore.repack`."""
+    improved = 0
+    with _alone(shelf.folder):
+        before, files = _folder_size(shelf.folder)
+        with shelf.catalog.read() as connection:
+            rows = packs_at(connection)
+            plan = _Plan(connection)
+            with shelf.reading() as reader:
+                reader.prepare(rows)
+                for group in _groups(reader, rows):
+                    coded = {id: list(_recoded(reader, id, plan)) for id in group}
+                    better = sum(new for slots in coded.values() for _, _, new in slots)
+                    if better or len({rows[id].file for id in group}) > 1:
+                        _replace(shelf, {id: partial(_without_note, slots) for id, slots in coded.items()})
+                    improved += better
+        _remove_replaced(shelf, {row.file for row in rows.values()})
+        after, left = _folder_size(shelf.folder)
+    return Freed(improved, files - left, before - after)
+
+
+class _Plan:
+    """What a tensor may be predicted from: its namesakes in its model's ancestors and older siblings."""
+
+    def __init__(self, connection: sa.Connection) -> None:
+        self._connection = connection
+        self._models = stored(connection)
+        self._first: dict[Ref, tuple[str, str]] = {}  # the oldest model that has it, and its name there
+        for model in self._models.values():
+            for name, ref in model.refs.items():
+                self._first.setdefault(ref, (model.id, name))
+        self._families: dict[str, tuple[list[Stored], list[Stored]]] = {}
+
+    def related(self, ref: Ref) -> tuple[list[Ref], list[Ref]] | None:
+        """Tensors stored before this one; None when no model has it."""
+        if ref not in self._first:
+            return None
+        model, name = self._first[ref]
+        if model not in self._families:
+            self._families[model] = self._family(model)
+        direct, before = related(name, *self._families[model])
+        return [other for other in direct if other < ref], [other for other in before if other < ref]
+
+    def _family(self, model: str) -> tuple[list[Stored], list[Stored]]:
+        edges_ = sa.select(edges.c.parent).where(edges.c.child == model).order_by(edges.c.kind)
+        parents = list(dict.fromkeys(self._connection.scalars(edges_)))
+        siblings = sa.select(edges.c.child).where(edges.c.parent.in_(parents), edges.c.child != model).distinct()
+        older = [self._models[id] for id in self._connection.scalars(siblings) if id in self._models]
+        older = [other for other in older if other.created_ns < self._models[model].created_ns]
+        older.sort(key=lambda other: -other.created_ns)
+        direct, earlier = lineage_of(self._connection, parents)
+        return direct, [*older[:_SIBLINGS], *earlier]
+
+
+def _recoded(reader: Reader, id: int, plan: _Plan) -> Iterator[tuple[Frame | None, bytes, bool]]:
+    """Yield the frames of a pack, each as small as it can be, and whether it is new."""
+    for slot, frame in enumerate(reader.pack(id).frames):
+        ref = id, slot
+        if frame is None:
+            yield None, b"", False
+            continue
+        known = plan.related(ref)
+        if known is not None:
+            again, data = coded_tensor(reader, frame.id, reader.base(ref), *known)
+            bounded = reader.admits(frame.raw_bytes)(frame.bases, frame.size)
+            stranded = any(plan.related(base) is None for base in frame.bases)  # it alone keeps what no model has
+            if again.size < _WORTH * frame.size or not bounded or stranded:
+                reader.plan(ref, again)
+                yield again, data, True
+                continue
+        yield frame, reader.data(ref), False
+
+
+def _without_note(slots: Iterable[tuple[Frame | None, bytes, bool]]) -> Iterator[tuple[Frame | None, bytes]]:
+    return ((frame, data) for frame, data, _ in slots)
+
+
+def _groups(reader: Reader, rows: "dict[int, sa.Row[Any]]") -> Iterator[list[int]]:
+    """Packs that go into one file, in order."""
+    group: list[int] = []
+    size = 0
+    for id in sorted(rows):
+        group.append(id)
+        size += sum(frame.size for frame in reader.pack(id).frames if frame is not None)
+        if size >= _FILE_BYTES:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+def _remove_replaced(shelf: Packs, files: set[str]) -> None:
+    """Remove files that the catalog pointed to and does not any more."""
+    with shelf.catalog.read() as connection:
+        known = set(connection.scalars(sa.select(packs.c.file).distinct()))
+    for file in files - known:
+        (shelf.folder / file).unlink(missing_ok=True)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Wait until no other process looks after the packs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _folder_size(folder: Path) -> tuple[int, int]:
+    """Bytes and number of the pack files."""
+    sizes = [path.stat().st_size for path in folder.glob("*.pack")]
+    return sum(sizes), len(sizes)

@@ -1,0 +1,206 @@
+"""Put a model into packs and the catalog.
+
+New tensors are coded by a pool of threads, with tensors of the parents, and of their parents, as what they may be
+predicted from. Tensors are matched by name; where a model calls them otherwise, by the end of the name.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import sqlalchemy as sa
+import torch
+
+from dynkit.catalog import edges, packs, tensors
+from dynkit.models.encoding import Frame, Ref, encode
+from dynkit.models.packs import PackFile, Written
+from dynkit.models.reading import Packs, Reader
+from dynkit.models.records import Stored, batched, insert_model, move_name, stored
+from dynkit.models.tensors import manifest_id
+
+__all__ = ["Also", "Draft", "coded_tensor", "commit", "lineage_of", "related"]
+
+Also = Callable[[sa.Connection, str], None]
+
+_GENERATIONS = 8  # of ancestors that are looked at
+_ANCESTORS = 12  # after which no further generation is
+_USUAL = 0.6  # share of a tensor that is left of it, about
+_EARLIER = 2  # tensors, besides those of the parents, that one may be predicted from
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A model that is to be stored.
+
+    Parameters
+    ----------
+    state : dict of name to Tensor
+    ids : dict of name to bytes
+        Identities of the tensors.
+    parents : tuple of str
+        Whole identities.
+    name : str or None
+    metadata : dict
+    step : float
+        Not 0: the state was quantised by this step.
+    """
+
+    state: dict[str, torch.Tensor]
+    ids: dict[str, bytes]
+    parents: tuple[str, ...]
+    name: str | None
+    metadata: dict[str, Any]
+    step: float = 0.0
+
+    @property
+    def identity(self) -> str:
+        """Identity of the model."""
+        return manifest_id({name: id.hex() for name, id in self.ids.items()})
+
+    @property
+    def tensors(self) -> dict[bytes, tuple[str, torch.Tensor]]:
+        """A name and the tensor of each identity; tied ones once."""
+        return {id: (name, self.state[name]) for name, id in reversed(self.ids.items())}
+
+
+class GoneError(Exception):
+    """A tensor that is relied on was removed meanwhile."""
+
+
+def commit(shelf: Packs, draft: Draft, also: Also | None) -> None:
+    """Write a pack with what is new and publish the model.
+
+    Raises
+    ------
+    GoneError
+        Nothing was committed; to be tried again.
+    """
+    with shelf.reading() as reader:
+        known = _known(reader, draft.ids.values())
+        new = {id: named for id, named in draft.tensors.items() if id not in known}
+        coded = _coded(reader, draft, new)
+    relied = {*known.values(), *(base for frame, _ in coded for base in frame.bases)}
+    if not coded:
+        with shelf.catalog.write() as connection:
+            _publish(connection, draft, known, also)
+            _still_there(connection, shelf, relied)
+        return
+    with PackFile.writing(shelf.folder) as file:
+        written = file.add(coded)
+        file.finish()
+        with shelf.catalog.write() as connection:
+            _still_there(connection, shelf, relied)
+            pack = _insert_pack(connection, file.name, written)
+            refs = {frame.id: (pack, slot) for slot, (frame, _) in enumerate(coded)}
+            rows = [{"key": key_of(id), "pack": pack, "slot": slot} for id, (_, slot) in refs.items()]
+            connection.execute(sa.insert(tensors).prefix_with("OR IGNORE"), rows)
+            _publish(connection, draft, known | refs, also)
+    for id, (_, tensor) in new.items():
+        shelf.recent.put(id, tensor.detach().cpu().clone())
+
+
+def _known(reader: Reader, ids: Iterable[bytes]) -> dict[bytes, Ref]:
+    """Find tensors that the store holds."""
+    by_key = {key_of(id): id for id in ids}
+    places: dict[bytes, Ref] = {}
+    with reader.catalog.read() as connection:
+        for part in batched(list(by_key)):
+            for row in connection.execute(sa.select(tensors).where(tensors.c.key.in_(part))):
+                places[by_key[row.key]] = (row.pack, row.slot)
+    reader.prepare(pack for pack, _ in places.values())
+    return {id: ref for id, ref in places.items() if (frame := reader.find(ref)) is not None and frame.id == id}
+
+
+def key_of(id: bytes) -> int:
+    """Key of a tensor in the catalog's index: the first 8 bytes of its identity."""
+    return int.from_bytes(id[:8], "big", signed=True)
+
+
+def _coded(reader: Reader, draft: Draft, new: Mapping[bytes, tuple[str, torch.Tensor]]) -> list[tuple[Frame, bytes]]:
+    if not new:
+        return []
+    with reader.catalog.read() as connection:
+        parents, earlier = lineage_of(connection, draft.parents)
+    reader.prepare({pack for model in (*parents, *earlier) for pack, _ in model.refs.values()})
+
+    def code(item: tuple[bytes, tuple[str, torch.Tensor]]) -> tuple[Frame, bytes]:
+        id, (name, tensor) = item
+        return coded_tensor(reader, id, tensor, *related(name, parents, earlier), step=draft.step)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(code, new.items()))
+
+
+def lineage_of(connection: sa.Connection, parents: Iterable[str]) -> tuple[list[Stored], list[Stored]]:
+    """Return the parents, and models before them: nearest first, a generation at a time."""
+    direct = list(dict.fromkeys(parents))
+    seen, generation = dict.fromkeys(direct), direct
+    for _ in range(_GENERATIONS):
+        if len(seen) - len(direct) >= _ANCESTORS:
+            break
+        query = sa.select(edges.c.parent).where(edges.c.child.in_(generation[:500])).order_by(edges.c.kind)
+        generation = [model for model in dict.fromkeys(connection.scalars(query)) if model not in seen]
+        seen |= dict.fromkeys(generation)
+    found = stored(connection, seen)
+    return [found[model] for model in direct], [found[model] for model in seen if model not in direct]
+
+
+def related(name: str, parents: Iterable[Stored], earlier: Iterable[Stored]) -> tuple[list[Ref], list[Ref]]:
+    """Return tensors that go by this name: those of the parents, and earlier ones."""
+    direct = [ref for model in parents if (ref := _matched(name, model.refs)) is not None]
+    before = [ref for model in earlier if (ref := _matched(name, model.refs)) is not None]
+    return list(dict.fromkeys(direct)), [ref for ref in dict.fromkeys(before) if ref not in direct]
+
+
+def _matched(name: str, refs: Mapping[str, Ref]) -> Ref | None:
+    """Tensor of this name, or the one whose name ends as this one does after a prefix was added or removed."""
+    if name in refs:
+        return refs[name]
+    longer = [other for other in refs if other.endswith(f".{name}") or name.endswith(f".{other}")]
+    return refs[longer[0]] if len(longer) == 1 else None
+
+
+def coded_tensor(
+    reader: Reader, id: bytes, tensor: torch.Tensor, parents: list[Ref], earlier: list[Ref], *, step: float = 0.0
+) -> tuple[Frame, bytes]:
+    """Code one tensor with those related ones that its decoding may depend on."""
+    admits = reader.admits(tensor.nbytes)
+    direct = [ref for ref in parents if admits([ref], 0)]
+    within = [ref for ref in earlier if admits([ref], int(_USUAL * tensor.nbytes))][:_EARLIER]
+    nearest = [ref for ref in earlier[:1] if admits([ref], 0)]
+    before = list(dict.fromkeys([*nearest, *within]))
+    bases = [(ref, reader.base(ref)) for ref in (*direct, *before)]
+    return encode(id, tensor, bases, parents=len(direct), admits=admits, step=step)
+
+
+def _still_there(connection: sa.Connection, shelf: Packs, refs: Iterable[Ref]) -> None:
+    """Make sure, inside the transaction, that nobody removed these tensors since they were found."""
+    wanted = set(refs)
+    with shelf.reading() as reader:
+        reader.prepare(pack for pack, _ in wanted)
+        if any(reader.find(ref) is None for ref in wanted):
+            raise GoneError
+
+
+def _insert_pack(connection: sa.Connection, file: str, written: Written) -> int:
+    row = {"file": file, "offset": written.offset, "size": written.size}
+    return int(connection.execute(sa.insert(packs).returning(packs.c.id), row).scalar_one())
+
+
+def _publish(connection: sa.Connection, draft: Draft, refs: Mapping[bytes, Ref], also: Also | None) -> None:
+    """Insert the model, its name and its place in the lineage."""
+    identity = draft.identity
+    raw_bytes = sum(tensor.nbytes for tensor in draft.state.values())
+    by_name = {name: refs[id] for name, id in draft.ids.items()}
+    insert_model(connection, identity, by_name, raw_bytes, draft.metadata)
+    if draft.name is not None:
+        move_name(connection, draft.name, identity, draft.parents)
+    if also is not None:
+        also(connection, identity)
+        return
+    rows = [{"parent": parent, "child": identity, "kind": "derived", "run": ""} for parent in draft.parents]
+    rows = [row for row in rows if row["parent"] != identity]
+    if rows:
+        connection.execute(sa.insert(edges).prefix_with("OR IGNORE"), rows)

@@ -1,0 +1,308 @@
+"""Erasure: which models learned from samples, and that afterwards nothing of them is left."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+import sqlalchemy as sa
+import torch
+from streams import make_frame, make_model, make_pipeline, replayed
+from torch import nn
+
+import dynkit as dk
+from dynkit.catalog import packs
+from dynkit.data import Batches
+from dynkit.errors import Conflict, InvalidInput
+from dynkit.lineage import erasure
+from dynkit.models.reading import Packs
+from dynkit.training import FitContext, fit, seeded
+
+SECRET = np.array([1.2345678, -7.6543210, 3.1415927], np.float32)  # features of the samples to erase
+ERASED = [120, 121, 700, 1234]
+TRAINING = {"epochs": 1, "batch_size": 64, "lr": 1e-2}
+
+
+@pytest.fixture
+def dataset(ws: dk.Workspace) -> dk.Dataset:
+    """The stream of the other tests, with recognisable features of the samples to erase."""
+    frame = make_frame(1500)
+    row = pl.int_range(pl.len()).is_in(ERASED)
+    columns = [
+        pl.when(row).then(float(value)).otherwise(pl.col(name)).alias(name)
+        for name, value in zip("abc", SECRET, strict=True)
+    ]
+    return ws.ingest("stream", frame.with_columns(columns), timestamp="when", label="late")
+
+
+def brute_force(ws: dk.Workspace, keys: list[int]) -> set[str]:
+    """Affected models from the stored selections and the edges, one at a time."""
+    affected = {
+        one.model
+        for run in ws.runs()
+        for one in run.trained
+        if set(keys) & set(run.selection(one.index)["key"].to_list())
+    }
+    edges = [(a, b) for a, b, kind in ws.lineage.to_networkx().edges(keys=True) if kind == "derived"]
+    while new := {b for a, b in edges if a in affected} - affected:
+        affected |= new
+    return affected
+
+
+def by_hand(dataset: dk.Dataset, run: dk.Run, *, warm: bool, validation: float = 0.0) -> Iterator[dict[str, Any]]:
+    """Train from scratch what a run's stored selections say, without the erased samples."""
+    state = None
+    training = dk.Training(**TRAINING, validation=validation)  # type: ignore[arg-type]
+    cpu = torch.device("cpu")
+    for one in run.trained:
+        selection = run.selection(one.index).filter(~pl.col("key").is_in(ERASED))
+        keys = selection["key"].to_numpy().astype(np.int64)
+        weights = selection["weight"].to_numpy(writable=True) if "weight" in selection.columns else None
+        seed = int(np.random.SeedSequence([3, one.index]).generate_state(1)[0])
+        held_out = None
+        if validation:
+            order = np.random.default_rng(seed).permutation(len(keys))
+            n = int(validation * len(keys))
+            held_out, keys = keys[order[:n]], keys[np.sort(order[n:])]
+        with seeded(seed):
+            model = make_model()
+            if warm and state is not None:
+                model.load_state_dict(state)
+            version = dataset.open()
+            batches = Batches(
+                version, keys, weights=weights, batch_size=64, device=cpu, shuffle=True, seed=seed, last="join"
+            )
+            judge = None if held_out is None else Batches(version, held_out, batch_size=64, device=cpu)
+            fit(model, batches, FitContext(training, cpu, judge))
+        state = {name: value.clone() for name, value in model.state_dict().items()}
+        yield state
+
+
+def weighted(pool: pl.DataFrame, run: Any, rng: np.random.Generator) -> pl.DataFrame:
+    return pool.select("key", weight=pl.col("key") % 3 + 0.5)
+
+
+def found_in(folder: Path, pattern: bytes) -> list[str]:
+    return [str(path) for path in folder.rglob("*") if path.is_file() and pattern in path.read_bytes()]
+
+
+def test_the_affected_models_are_those_of_a_brute_force_search(ws: dk.Workspace, dataset: dk.Dataset) -> None:
+    replayed(make_pipeline(dataset, name="warm"))
+    replayed(make_pipeline(dataset, name="warm-again"))
+    replayed(make_pipeline(dataset, name="fresh", selection=dk.selection.New(), training=dk.Training(**TRAINING)))
+    held = dk.Training(**TRAINING, validation=0.5)
+    replayed(make_pipeline(dataset, name="held", selection=dk.selection.New(), training=held))
+    for keys in ([120], [1234], ERASED, [1499], list(range(500))):
+        affected = ws.lineage.affected_by(keys)
+        assert set(affected) == brute_force(ws, keys)
+        assert len(affected) == len(set(affected))
+    new = ws.lineage.affected_by([700])
+    fresh, held_run = (ws.runs(name)[0] for name in ("fresh", "held"))
+    assert fresh.trained[1].model in new.direct and fresh.trained[0].model not in new
+    assert held_run.trained[1].model in new.direct  # a validation sample decides, too
+    assert "learned from these 1 samples of stream" in repr(new)
+    assert "through ancestors" in new._repr_html_()
+
+
+@pytest.mark.parametrize("case", ["warm", "fresh", "validation", "weights"])
+def test_rebuilt_models_equal_training_from_scratch_and_nothing_is_left(
+    ws: dk.Workspace, dataset: dk.Dataset, case: str
+) -> None:
+    warm = case != "fresh"
+    validation = 0.3 if case == "validation" else 0.0
+    run = replayed(
+        make_pipeline(
+            dataset,
+            selection=weighted
+            if case == "weights"
+            else dk.selection.Random(fraction=0.9)
+            if case == "warm"
+            else dk.selection.New(),
+            training=dk.Training(**TRAINING, warm_start=warm, validation=validation),  # type: ignore[arg-type]
+        )
+    )
+    expected = list(by_hand(dataset.at(1), run, warm=warm, validation=validation))
+    before = [one.model for one in run.trained]
+    affected = set(ws.lineage.affected_by(ERASED))
+    assert affected == brute_force(ws, ERASED)
+    old_states = {model: ws.models.load(model) for model in before}
+    ws.lineage.name(before[-1], "best")
+    ws.lineage.note(before[-1], "keep", tags=["production"])
+    assert found_in(ws.path, SECRET.tobytes())
+
+    planned = ws.lineage.erase(ERASED)
+    assert not planned.done and "dry run" in repr(planned) and len(planned.origins) == len(affected)
+    assert [one.model for one in run.trained] == before  # nothing has changed
+    report = ws.lineage.erase(ERASED, dry_run=False)
+
+    assert report.done, report
+    after = [one.model for one in run.trained]
+    for model, state in zip(after, expected, strict=True):
+        stored = ws.models.load(model)
+        assert all(stored[name].equal(value) for name, value in state.items())
+    assert {old for old, new in zip(before, after, strict=True) if old != new} == affected == set(report.removed)
+    assert ws.lineage.resolve("best") == after[-1]
+    card = ws.lineage.show("best")
+    assert (card.tags, card.notes) == (("production",), ("keep",))
+    assert ws.lineage.ancestors(after[-1]) == (set(after[:-1]) if warm else set())
+    assert ws.lineage.versions(after[0]) == after
+    assert not found_in(ws.path, SECRET.tobytes())
+    for model in affected:
+        for name, tensor in old_states[model].items():
+            if not any(tensor.equal(ws.models.load(new)[name]) for new in after):
+                assert not found_in(ws.path, tensor.numpy().tobytes())
+        assert not found_in(ws.path / "models", model.encode())
+    matrix = run.matrix()
+    assert set(matrix["model"]) == set(after)
+    assert run.composite().height
+    assert not set(run.selection(1)["key"]) & set(ERASED)
+    assert run.events()[-1].kind == "erased"
+    assert len(ws.dataset("stream")) == 1496
+    assert len(ws.lineage.affected_by(ERASED)) == 0
+    assert report._repr_html_()
+
+
+def test_models_of_people_and_merges_are_made_anew_too(ws: dk.Workspace, dataset: dk.Dataset) -> None:
+    run = replayed(make_pipeline(dataset, selection=dk.selection.New(), training=dk.Training(**TRAINING)))
+    first, second, third = (one.model for one in run.trained)
+    halved = ws.lineage.add(lambda state: {n: t / 2 for n, t in state.items()}, parents=[second], name="halved")
+    clean = ws.lineage.add({"w": torch.ones(3)}, name="clean")
+    report = ws.lineage.erase([700], dry_run=False)
+    assert report.done
+    assert set(report.removed) == {second, halved}
+    new = run.trained[1].model
+    assert [one.model for one in run.trained] == [first, new, third]
+    expected = {name: tensor / 2 for name, tensor in ws.models.load(new).items()}
+    made = ws.models.load("halved" if "halved" in expected else ws.lineage.resolve("halved"))
+    assert all(made[name].equal(tensor) for name, tensor in expected.items())
+    assert ws.lineage.ancestors("halved") == {new}
+    assert ws.lineage.resolve("clean") == clean
+
+
+def test_a_model_without_a_recipe_is_removed_only_when_asked_to(ws: dk.Workspace, dataset: dk.Dataset) -> None:
+    run = replayed(make_pipeline(dataset, selection=dk.selection.New(), training=dk.Training(**TRAINING)))
+    second = run.trained[1].model
+    brought = ws.lineage.add({"w": torch.ones(3)}, parents=[second], name="brought")
+    above = ws.lineage.add(lambda state: {"w": state["w"] + 1}, parents=[brought])
+    plan = ws.lineage.erase([700])
+    assert set(plan.blocked) == {brought, above}
+    before = ws.lineage.to_networkx()
+    with pytest.raises(Conflict, match="2 affected models have no recipe"):
+        ws.lineage.erase([700], dry_run=False)
+    assert ws.lineage.to_networkx().adj == before.adj
+    report = ws.lineage.erase([700], dry_run=False, drop=True)
+    assert report.done
+    assert set(report.removed) == {second, brought, above}
+    assert not ws.lineage.search("brought")
+
+
+def wide_model() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 256), nn.ReLU(), nn.Linear(256, 2))
+
+
+def test_what_is_stored_as_a_difference_from_a_tainted_tensor_is_stored_anew(
+    ws: dk.Workspace, dataset: dk.Dataset
+) -> None:
+    """A clean model, near to a tainted one of which its parent is the next version."""
+    options = dk.Training(**TRAINING)  # type: ignore[arg-type]
+    run = replayed(make_pipeline(dataset, selection=dk.selection.New(), training=options, model=wide_model))
+    tainted = ws.models.load(run.trained[1].model)
+    torch.manual_seed(5)
+    parent = ws.lineage.add(wide_model(), version_of=run.trained[1].model)
+    near = {name: t + 1e-4 * torch.randn(t.shape) for name, t in tainted.items()}
+    clean = ws.lineage.add(near, parents=[parent])
+    with ws.catalog.read() as connection:
+        ids = list(connection.scalars(sa.select(packs.c.id)))
+    with Packs(ws.catalog).reading() as reader:
+        reader.prepare(ids)
+        frames = [frame for id in ids for frame in reader.pack(id).frames if frame is not None]
+        based = {reader.frame(base).id.hex() for frame in frames for base in frame.bases}
+    assert based & set(ws.models.manifest(run.trained[1].model).values())
+    report = ws.lineage.erase([700], dry_run=False)
+    assert report.done, report
+    assert all(ws.models.load(clean)[name].equal(tensor) for name, tensor in near.items())
+    assert ws.models.fsck(deep=True) == []
+
+
+def test_a_training_without_any_samples_left_is_undone(ws: dk.Workspace, dataset: dk.Dataset) -> None:
+    training = dk.Training(**TRAINING, warm_start=True)
+    run = replayed(make_pipeline(dataset, selection=dk.selection.New(), training=training))
+    first, second, _ = run.trained
+    report = ws.lineage.erase(range(500, 1000), dry_run=False)
+    assert report.done
+    assert report.rebuilt[second.model] is None
+    assert [one.index for one in run.trained] == [0, 2]
+    assert ws.lineage.ancestors(run.trained[1].model) == {first.model}
+    assert run.selection(2).height == 500
+    assert set(run.matrix()["model"]) == {one.model for one in run.trained}
+
+
+@pytest.mark.parametrize("step", ["_judge", "replace_models", "rewrite_selections", "free", "_checks", "_rebuild"])
+def test_an_interrupted_erasure_is_completed_by_asking_again(
+    ws: dk.Workspace, dataset: dk.Dataset, step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power cut is an exception that nothing handles: before a step, and after the second model was rebuilt."""
+    run = replayed(make_pipeline(dataset, training=dk.Training(**TRAINING, warm_start=True)))
+    expected = list(by_hand(dataset.at(1), run, warm=True))
+
+    class PowerCut(BaseException):
+        pass
+
+    def cut(*args: Any, **kwargs: Any) -> Any:
+        raise PowerCut
+
+    with monkeypatch.context() as patch:
+        if step == "_rebuild":
+            real, calls = type(ws.lineage._workshop)._remember, []
+
+            def second(self: Any, *args: Any) -> Any:
+                calls.append(args)
+                return real(self, *args) if len(calls) < 2 else cut()
+
+            patch.setattr(type(ws.lineage._workshop), "_remember", second)
+        else:
+            patch.setattr(erasure, step, cut)
+        with pytest.raises(PowerCut):
+            ws.lineage.erase(ERASED, dry_run=False)
+    report = dk.Workspace(ws.path).lineage.erase(ERASED, dry_run=False)
+    assert report.done
+    for one, state in zip(run.trained, expected, strict=True):
+        stored = ws.models.load(one.model)
+        assert all(stored[name].equal(value) for name, value in state.items())
+    assert not found_in(ws.path, SECRET.tobytes())
+
+
+def test_samples_are_erased_twice_in_a_row(ws: dk.Workspace, dataset: dk.Dataset) -> None:
+    """The second time, the version that the run was trained on is gone."""
+    run = replayed(make_pipeline(dataset, training=dk.Training(**TRAINING, warm_start=True)))
+    expected = list(by_hand(dataset.at(1), run, warm=True))
+    for keys in (ERASED[:2], ERASED[2:]):
+        assert ws.lineage.erase(keys, dry_run=False).done
+    for one, state in zip(run.trained, expected, strict=True):
+        stored = ws.models.load(one.model)
+        assert all(stored[name].equal(value) for name, value in state.items())
+
+
+def test_erasing_refuses_what_cannot_be(ws: dk.Workspace, dataset: dk.Dataset) -> None:
+    stream = make_pipeline(dataset).replay()
+    next(stream)
+    with pytest.raises(Conflict, match="is going"):
+        ws.lineage.erase([1], dry_run=False)
+    stream.close()  # type: ignore[attr-defined]
+    with pytest.raises(InvalidInput, match="no keys"):
+        ws.lineage.erase([])
+    ws.ingest("other", make_frame(10), timestamp="when", label="late")
+    with pytest.raises(InvalidInput, match="has 2 datasets"):
+        ws.lineage.affected_by([1])
+    assert len(ws.lineage.affected_by([1], dataset="other")) == 0
+
+
+def test_a_run_whose_samples_were_erased_does_not_go_on(ws: dk.Workspace, dataset: dk.Dataset) -> None:
+    stream = make_pipeline(dataset).replay()
+    events = [next(stream) for _ in range(4)]
+    stream.close()  # type: ignore[attr-defined]
+    assert ws.lineage.erase(ERASED, dry_run=False).done
+    run = ws.run(events[0].run).resume()
+    assert run.wait(60) == "failed"
