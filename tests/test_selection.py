@@ -340,12 +340,26 @@ def test_a_mistake_inside_a_nested_selection_is_told_with_its_place(ws: dk.Works
         build(text, ws.catalog, name="test", namespace={"m": make_model})
 
 
+def test_rs2_trains_each_epoch_on_its_own_samples(ws: dk.Workspace, dataset: dk.Dataset) -> None:
+    passes: list[list[list[float]]] = []
+
+    def fit(model: Any, batches: Any, context: Any) -> None:
+        passes.extend(np.concatenate([batch["x"] for batch in batches]).tolist() for _ in range(3))
+
+    policy, training = selection.RS2(n=100), dk.Training(epochs=3, batch_size=64, fit=fit, device="cpu")
+    run = replayed(make_pipeline(dataset, selection=policy, training=training, trigger=dk.triggers.Amount(1500)))
+    chosen = run.selection(1)
+    for epoch, part in enumerate(chosen.partition_by("epoch", maintain_order=True)):
+        stored = dataset.open().gather(part["key"].to_numpy().astype(np.int64))["x"].tolist()
+        assert sorted(passes[3 + epoch]) == sorted(stored)
+
+
 def test_the_same_seed_selects_the_same_samples_in_another_run(ws: dk.Workspace, dataset: dk.Dataset) -> None:
     policy = selection.Schedule([(0, selection.Reservoir(n=100)), (2, selection.GradNorm(n=100))])
     runs = [replayed(make_pipeline(dataset, name=name, selection=policy)) for name in ("one", "two")]
     first, second = ([run.selection(i) for i in range(6)] for run in runs)
     assert all(a.equals(b) for a, b in zip(first, second, strict=True))
-    assert first[3]["weight"].n_unique() > 50
+    assert first[3].columns == ["key", "weight", "score"] and first[3]["weight"].n_unique() > 50
 
 
 def test_the_guide_of_selections_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
