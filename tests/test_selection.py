@@ -362,6 +362,22 @@ def test_the_same_seed_selects_the_same_samples_in_another_run(ws: dk.Workspace,
     assert first[3].columns == ["key", "weight", "score"] and first[3]["weight"].n_unique() > 50
 
 
+@pytest.mark.parametrize("events", [6, 14])
+def test_what_a_selection_remembers_survives_an_interruption(
+    ws: dk.Workspace, dataset: dk.Dataset, events: int
+) -> None:
+    remembering = selection.Replay(old=selection.Reservoir(n=100), new=selection.RandomWithoutReuse(n=50))
+    policy = selection.Schedule([(0, remembering), (3, selection.Freshness(0.4, n=200))])
+    undisturbed = replayed(make_pipeline(dataset, selection=policy))
+    stream = make_pipeline(dataset, selection=policy).replay()
+    for _ in range(events):
+        event = next(stream)
+    stream.close()
+    run = ws.run(event.run)
+    assert run.resume().wait(120) == "finished", run.error
+    assert all(run.selection(i).equals(undisturbed.selection(i)) for i in range(6))
+
+
 def test_the_guide_of_selections_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"__name__": "__main__"}
