@@ -67,7 +67,8 @@ EVERY: list[Selection] = [
     selection.LeastConfidence(n=30, balance=True),
     selection.Entropy(n=30),
     selection.RhoLoss(fraction=0.2),
-    selection.RhoLoss(n=30, twin=True),
+    selection.RhoLoss(n=30, twin=True, balance=True),
+    selection.Replay(old=selection.RS2(n=20)),
     selection.KCenter(n=30),
     selection.KCenter(fraction=0.05, balance=True),
     selection.Craig(n=30),
@@ -212,6 +213,14 @@ def test_replay_gives_weight_one_to_samples_without_a_weight() -> None:
     assert (chosen["weight"][10:] == 1).all() and chosen["weight"][:10].n_unique() > 5
 
 
+def test_replay_uses_samples_without_an_epoch_in_every_one() -> None:
+    chosen = picked(selection.Replay(old=selection.RS2(n=5)), STREAM.head(100), [80], epochs=3)
+    for part in chosen.partition_by("epoch"):
+        assert part.filter(pl.col("key") >= 80)["key"].to_list() == list(range(80, 100))
+        assert part.height == 25 and part["key"].n_unique() == 25
+    assert chosen["epoch"].unique().sort().to_list() == [0, 1, 2]
+
+
 def test_a_schedule_switches_at_its_triggers() -> None:
     policy = selection.Schedule([(0, selection.All()), (2, selection.Recent(n=1)), (3, selection.Recent(n=2))])
     sizes = [len(keys_of(policy, STREAM, list(range(10, 10 * i + 1, 10)))) for i in range(5)]
@@ -331,12 +340,42 @@ def test_a_mistake_inside_a_nested_selection_is_told_with_its_place(ws: dk.Works
         build(text, ws.catalog, name="test", namespace={"m": make_model})
 
 
+def test_rs2_trains_each_epoch_on_its_own_samples(ws: dk.Workspace, dataset: dk.Dataset) -> None:
+    passes: list[list[list[float]]] = []
+
+    def fit(model: Any, batches: Any, context: Any) -> None:
+        passes.extend(np.concatenate([batch["x"] for batch in batches]).tolist() for _ in range(3))
+
+    policy, training = selection.RS2(n=100), dk.Training(epochs=3, batch_size=64, fit=fit, device="cpu")
+    run = replayed(make_pipeline(dataset, selection=policy, training=training, trigger=dk.triggers.Amount(1500)))
+    chosen = run.selection(1)
+    for epoch, part in enumerate(chosen.partition_by("epoch", maintain_order=True)):
+        stored = dataset.open().gather(part["key"].to_numpy().astype(np.int64))["x"].tolist()
+        assert sorted(passes[3 + epoch]) == sorted(stored)
+
+
 def test_the_same_seed_selects_the_same_samples_in_another_run(ws: dk.Workspace, dataset: dk.Dataset) -> None:
     policy = selection.Schedule([(0, selection.Reservoir(n=100)), (2, selection.GradNorm(n=100))])
     runs = [replayed(make_pipeline(dataset, name=name, selection=policy)) for name in ("one", "two")]
     first, second = ([run.selection(i) for i in range(6)] for run in runs)
     assert all(a.equals(b) for a, b in zip(first, second, strict=True))
-    assert first[3]["weight"].n_unique() > 50
+    assert first[3].columns == ["key", "weight", "score"] and first[3]["weight"].n_unique() > 50
+
+
+@pytest.mark.parametrize("events", [6, 14])
+def test_what_a_selection_remembers_survives_an_interruption(
+    ws: dk.Workspace, dataset: dk.Dataset, events: int
+) -> None:
+    remembering = selection.Replay(old=selection.Reservoir(n=100), new=selection.RandomWithoutReuse(n=50))
+    policy = selection.Schedule([(0, remembering), (3, selection.Freshness(0.4, n=200))])
+    undisturbed = replayed(make_pipeline(dataset, selection=policy))
+    stream = make_pipeline(dataset, selection=policy).replay()
+    for _ in range(events):
+        event = next(stream)
+    stream.close()
+    run = ws.run(event.run)
+    assert run.resume().wait(120) == "finished", run.error
+    assert all(run.selection(i).equals(undisturbed.selection(i)) for i in range(6))
 
 
 def test_the_guide_of_selections_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -351,7 +390,7 @@ def test_the_guide_of_selections_runs(tmp_path: Path, monkeypatch: pytest.Monkey
     assert chosen["weight"].n_unique() > 400
     exec(own, names)
     pool = STREAM.with_columns(length=pl.col("key") % 97)
-    assert picked(names["longest"], pool, [300])["weight"].max() == 9.6
+    assert picked(names["longest"], pool, [300])["weight"].max() == pytest.approx(9.6)
 
 
 def test_the_guide_names_every_selection() -> None:

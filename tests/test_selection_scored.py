@@ -12,7 +12,7 @@ from test_selection import STREAM, picked, view_of
 from torch import nn
 
 from dynkit import selection, testing
-from dynkit.errors import PolicyError
+from dynkit.errors import InvalidInput, PolicyError
 
 SCORES = torch.tensor([4.0, 1.0, 2.0, 0.5, 2.5])
 P = (SCORES / SCORES.sum()).numpy()
@@ -53,6 +53,11 @@ def test_samples_without_loss_can_be_drawn_and_no_weight_exceeds_a_thousand() ->
     assert weights is not None and weights.max() == pytest.approx(1000, rel=0.01)
     rows, weights = selection.Loss(n=2).choose(torch.zeros(4), torch.Generator().manual_seed(0))
     assert weights is not None and weights.tolist() == [1, 1]
+
+
+def test_a_batch_is_not_balanced() -> None:
+    with pytest.raises(InvalidInput, match="balance=True needs the whole pool"):
+        selection.Loss(n=2, balance=True).choose(SCORES, torch.Generator())
 
 
 def probabilities(pool: pl.DataFrame, ends: list[int]) -> np.ndarray[Any, Any]:

@@ -7,10 +7,10 @@ import numpy as np
 import polars as pl
 import torch
 
-from dynkit.errors import InvalidInput, check_whole
+from dynkit.errors import InvalidInput, PolicyError, check_whole
 from dynkit.time import IntArray
 
-__all__ = ["Budget", "Choice", "chosen", "group_of", "proportional", "water_filled"]
+__all__ = ["Balanced", "Budget", "Choice", "check_finite", "group_of", "proportional", "water_filled"]
 
 #: rows (M,) int64 of what was offered, and their weights (M,) or None
 Choice = tuple[torch.Tensor, torch.Tensor | None]
@@ -37,51 +37,66 @@ class Budget:
         return min(n, rows)
 
 
-def chosen(
-    pool: pl.DataFrame,
-    budget: int,
-    choose: Callable[[torch.Tensor, int, torch.Generator], Choice],
-    rng: np.random.Generator,
-    *,
-    balance: str | None,
-    score: torch.Tensor | None = None,
-) -> pl.DataFrame:
-    """Choose rows of the pool, of all together or of each class at the same ratio, and give them as a frame.
+@dataclass(frozen=True)
+class Balanced(Budget):
+    """A budget that is spent on all samples together, or on every class at the same ratio."""
 
-    Parameters
-    ----------
-    pool : pl.DataFrame
-    budget : int
-    choose : callable
-        ``(rows, n, generator)``: choose n of these rows of the pool, as places among them.
-    rng : np.random.Generator
-        Seeds the generator.
-    balance : str or None
-        Name of the policy that selects by class; None means all together.
-    score : (N,) float32 or None
-        Kept with the chosen ones.
+    balance: bool = False
 
-    Returns
-    -------
-    pl.DataFrame
-        Columns key, weight where there are weights, score where there are scores; in replay order.
+    def _chosen(
+        self,
+        pool: pl.DataFrame,
+        budget: int,
+        choose: Callable[[torch.Tensor, int, torch.Generator], Choice],
+        rng: np.random.Generator,
+        score: torch.Tensor | None = None,
+    ) -> pl.DataFrame:
+        """Choose rows of the pool, and give them as a frame in replay order.
+
+        Parameters
+        ----------
+        pool : pl.DataFrame
+        budget : int
+        choose : callable
+            ``(rows, n, generator)``: choose n of these rows of the pool, as places among them.
+        rng : np.random.Generator
+            Seeds the generator.
+        score : (N,) float32 or None
+            Kept with the chosen ones.
+
+        Returns
+        -------
+        pl.DataFrame
+            Columns key, weight where there are weights, score where there are scores.
+        """
+        generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
+        groups = group_of(pool, type(self).__name__) if self.balance else np.zeros(pool.height, np.int64)
+        rows, weights = [], []
+        for group, n in proportional(groups, budget):
+            offered = torch.from_numpy(group)
+            places, some = choose(offered, n, generator)
+            rows.append(offered[places.cpu()])
+            if some is not None:
+                weights.append(some.float().cpu())
+        of_all, order = torch.cat(rows).sort()
+        columns = {"weight": torch.cat(weights)[order]} if weights else {}
+        if score is not None:
+            columns["score"] = score[of_all]
+        return pool.select("key")[of_all.numpy()].with_columns(
+            pl.Series(name, values.numpy()) for name, values in columns.items()
+        )
+
+
+def check_finite(values: torch.Tensor, what: str) -> None:
+    """Refuse numbers of samples (N, ...) that are not finite.
+
+    Raises
+    ------
+    PolicyError
     """
-    generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
-    groups = np.zeros(pool.height, np.int64) if balance is None else group_of(pool, balance)
-    rows, weights = [], []
-    for group, n in proportional(groups, budget):
-        offered = torch.from_numpy(group)
-        places, some = choose(offered, n, generator)
-        rows.append(offered[places.cpu()])
-        if some is not None:
-            weights.append(some.float().cpu())
-    of_all, order = torch.cat(rows).sort()
-    columns = {"weight": torch.cat(weights)[order]} if weights else {}
-    if score is not None:
-        columns["score"] = score[of_all]
-    return pool.select("key")[of_all.numpy()].with_columns(
-        pl.Series(name, values.numpy()) for name, values in columns.items()
-    )
+    bad = int((~torch.isfinite(values).reshape(len(values), -1).all(1)).sum())
+    if bad:
+        raise PolicyError(f"the {what} of {bad} samples is not a finite number; look at the model's outputs")
 
 
 def group_of(pool: pl.DataFrame, policy: str) -> IntArray:
@@ -104,7 +119,7 @@ def proportional(groups: IntArray, budget: int) -> Iterator[tuple[IntArray, int]
     Parameters
     ----------
     groups : (N,) int64
-        Group of each row.
+        Number of the group of each row, from 0.
     budget : int
         At most N.
 
@@ -115,10 +130,10 @@ def proportional(groups: IntArray, budget: int) -> Iterator[tuple[IntArray, int]
     share : int
         How many of them, at least one.
     """
-    _, group, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+    sizes = np.bincount(groups)
     shares, remainders = np.divmod(budget * sizes, max(1, len(groups)))
     shares[np.argsort(-remainders, kind="stable")[: budget - int(shares.sum())]] += 1
-    rows = np.split(np.argsort(group, kind="stable"), np.cumsum(sizes)[:-1])
+    rows = np.split(_sorted_by(groups), np.cumsum(sizes)[:-1])
     yield from ((some, int(share)) for some, share in zip(rows, shares, strict=True) if share)
 
 
@@ -128,7 +143,7 @@ def water_filled(groups: IntArray, budget: int, rng: np.random.Generator) -> Int
     Parameters
     ----------
     groups : (N,) int64
-        Group of each row.
+        Number of the group of each row, from 0.
     budget : int
         At most N.
     rng : np.random.Generator
@@ -138,12 +153,18 @@ def water_filled(groups: IntArray, budget: int, rng: np.random.Generator) -> Int
     (budget,) int64
         Rows in order; uniform within a group, without replacement.
     """
-    _, group, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+    sizes = np.bincount(groups)
     shares = _fair_shares(sizes, budget, rng)
     order = rng.permutation(len(groups))
-    by_group = order[np.argsort(group[order], kind="stable")]
+    by_group = order[_sorted_by(groups[order])]
     place = np.arange(len(groups)) - np.repeat(np.cumsum(sizes) - sizes, sizes)  # within its group
     return np.sort(by_group[place < np.repeat(shares, sizes)])
+
+
+def _sorted_by(groups: IntArray) -> IntArray:
+    """Rows group by group, within a group in their order (N,)."""
+    small = np.min_scalar_type(int(groups.max(initial=0)))  # NumPy sorts numbers of 16 bits by their digits
+    return np.argsort(groups.astype(small), kind="stable")
 
 
 def _fair_shares(sizes: IntArray, budget: int, rng: np.random.Generator) -> IntArray:

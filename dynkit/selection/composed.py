@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from dynkit.data import as_keys
 from dynkit.data.splits import select_rows
-from dynkit.errors import InvalidInput, PolicyError, check_whole
-from dynkit.policies import as_selection
+from dynkit.errors import InvalidInput, check_whole
+from dynkit.policies import as_chosen, as_selection
 from dynkit.selection.sampling import All
 from dynkit.types import RunView, Selection
 
@@ -109,8 +108,11 @@ class Replay:
         """Keys of both, with weights where one of them gives any; a weight that is not given is 1."""
         new = min(run.samples_since_trigger, pool.height)
         parts = [(self.old, pool.head(pool.height - new), 0), (self.new, pool.tail(new), new)]
-        chosen = [_frame(then(part, _Part(run, n), rng)) for then, part, n in parts if part.height]
-        both = pl.concat(chosen, how="diagonal_relaxed")
+        chosen = [as_chosen(then(part, _Part(run, n), rng), run.epochs) for then, part, n in parts if part.height]
+        if any("epoch" in frame.columns for frame in chosen):
+            every = pl.DataFrame({"epoch": np.arange(run.epochs)})
+            chosen = [frame if "epoch" in frame.columns else frame.join(every, how="cross") for frame in chosen]
+        both = pl.concat(chosen, how="diagonal")
         return both.with_columns(pl.col("weight").fill_null(1.0)) if "weight" in both.columns else both
 
 
@@ -174,12 +176,3 @@ def _condition(expression: pl.Expr | str) -> pl.Expr:
             f"expression={expression!r} is neither a Polars expression nor SQL: {str(error).splitlines()[0]}; write it "
             "like \"carrier = 'UA'\""
         ) from None
-
-
-def _frame(chosen: Any) -> pl.DataFrame:
-    """Return what a selection returned as a frame with keys of one type."""
-    if not isinstance(chosen, pl.DataFrame):
-        return pl.DataFrame({"key": as_keys(chosen)})
-    if "key" not in chosen.columns:
-        raise PolicyError(f"the selection returned a frame without a column key: {chosen.columns}")
-    return chosen.with_columns(pl.col("key").cast(pl.Int64))

@@ -11,9 +11,9 @@ import numpy as np
 import polars as pl
 import torch
 
-from dynkit.errors import InvalidInput, PolicyError, did_you_mean
+from dynkit.errors import InvalidInput, did_you_mean
 from dynkit.selection import greedy
-from dynkit.selection.budget import Budget, Choice, chosen
+from dynkit.selection.budget import Balanced, Choice, check_finite
 from dynkit.selection.sampling import Random
 from dynkit.types import RunView
 
@@ -23,26 +23,17 @@ Optimizer = Literal["naive", "lazy", "stochastic"]
 
 
 @dataclass(frozen=True)
-class Coreset(Budget):
+class Coreset(Balanced):
     """What coresets have in common: they choose among rows of numbers."""
-
-    balance: bool = False
 
     def __call__(self, pool: pl.DataFrame, run: RunView, rng: np.random.Generator) -> "pl.DataFrame | pl.Series":
         """Keys of the chosen samples in replay order, with weights if there are any."""
         if run.model is None or not pool.height:
             return Random(self.fraction, self.n)(pool, run, rng)
         vectors = self._vectors(pool, run)
-        bad = int((~torch.isfinite(vectors).all(1)).sum())
-        if bad:
-            raise PolicyError(f"{bad} samples have embeddings or gradients that are not finite; look at the model")
-        return chosen(
-            pool,
-            self._of(pool.height),
-            lambda rows, n, generator: self._choose(vectors[rows], n, generator),
-            rng,
-            balance=type(self).__name__ if self.balance else None,
-        )
+        check_finite(vectors, "embedding or gradient")
+        budget = self._of(pool.height)
+        return self._chosen(pool, budget, lambda rows, n, generator: self._choose(vectors[rows], n, generator), rng)
 
     def _vectors(self, pool: pl.DataFrame, run: RunView) -> torch.Tensor:
         return run.gradients(pool["key"])

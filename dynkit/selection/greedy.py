@@ -71,6 +71,7 @@ class SetFunction(Protocol):
     """A submodular function of a growing set of rows."""
 
     rows: int
+    at_hand: bool  # whether all gains are known all the time, so that looking at fewer rows saves nothing
 
     def gains(self, rows: torch.Tensor, /) -> torch.Tensor:
         """By how much each of these rows (M,) would raise the function."""
@@ -112,6 +113,8 @@ def _naive(function: SetFunction, n: int, rng: torch.Generator) -> list[int]:
 
 
 def _lazy(function: SetFunction, n: int, rng: torch.Generator) -> list[int]:
+    if function.at_hand:
+        return _naive(function, n, rng)
     bounds, chosen = function.gains(torch.arange(function.rows)).cpu(), list[int]()
     for _ in range(n):
         stale = bounds.clone()  # of rows not looked at in this step; -inf for the others
@@ -172,6 +175,8 @@ class Facilities:
         Whether costs are the square roots of the product.
     """
 
+    at_hand = False
+
     def __init__(self, left: torch.Tensor, right: torch.Tensor, *, far: "float | torch.Tensor", root: bool) -> None:
         self.rows = len(left)
         self._left, self._right, self._root = left, right.contiguous(), root
@@ -218,6 +223,8 @@ def _square_factors(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 class GraphCut:
     """Graph cut: ``sum_{j in V, a in A} s_ja - sum_{a, b in A} s_ab`` of products of vectors (N, D)."""
 
+    at_hand = True
+
     def __init__(self, vectors: torch.Tensor) -> None:
         self.rows = len(vectors)
         self._vectors = vectors
@@ -238,6 +245,8 @@ class LogDeterminant:
     By the determinant lemma the gain of v is ``log(1 + v M v)`` with ``M = (I + sum_{a in A} v_a v_a)^-1``, which is
     updated by the formula of Sherman and Morrison.
     """
+
+    at_hand = True
 
     def __init__(self, vectors: torch.Tensor) -> None:
         self.rows = len(vectors)

@@ -7,7 +7,7 @@ import polars as pl
 import torch
 
 from dynkit.errors import InvalidInput
-from dynkit.selection.budget import Budget, chosen
+from dynkit.selection.budget import Balanced, check_finite
 from dynkit.selection.sampling import Random
 from dynkit.types import RunView
 
@@ -15,7 +15,7 @@ __all__ = ["RhoLoss"]
 
 
 @dataclass(frozen=True)
-class RhoLoss(Budget):
+class RhoLoss(Balanced):
     """Samples with the largest reducible loss (Mindermann et al. 2022, equation 3).
 
     The reducible loss is a sample's loss under the newest model less its irreducible loss: that under a model of the
@@ -29,6 +29,8 @@ class RhoLoss(Budget):
         Share of the pool in (0, 1]; at least one sample is kept.
     n : int or None
         Number of samples; all that can be chosen while they are fewer. Exactly one of the two is given.
+    balance : bool
+        Take from every class at the same ratio.
     holdout : float
         Share of the pool, drawn anew at each trigger, that trains the other model and is not chosen itself; in (0, 1).
     twin : bool
@@ -57,13 +59,10 @@ class RhoLoss(Budget):
         rows = np.sort(np.concatenate([judged for _, judged in rounds]))
         candidates = pool[rows]
         reducible = run.score("loss", candidates["key"]) - irreducible[rows]
-        return chosen(
-            candidates,
-            min(self._of(pool.height), len(rows)),
-            lambda places, n, generator: (reducible[places].topk(n).indices, None),
-            rng,
-            balance=None,
-            score=reducible,
+        check_finite(reducible, "reducible loss")
+        budget = min(self._of(pool.height), len(rows))
+        return self._chosen(
+            candidates, budget, lambda places, n, _: (reducible[places].topk(n).indices, None), rng, reducible
         )
 
 

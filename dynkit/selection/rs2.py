@@ -6,6 +6,7 @@ import numpy as np
 import polars as pl
 
 from dynkit.selection.budget import Budget
+from dynkit.time import IntArray
 from dynkit.types import RunView
 
 __all__ = ["RS2"]
@@ -32,7 +33,7 @@ class RS2(Budget):
         """Keys of the drawn samples with a column epoch, from 0; in replay order within an epoch."""
         n = self._of(pool.height)
         per_shuffle = 1 if self.replacement or not n else pool.height // n
-        rows: list[np.ndarray[tuple[int], np.dtype[np.int64]]] = []
+        rows: list[IntArray] = []
         while len(rows) < run.epochs:
             dealt = rng.permutation(pool.height)[: n * per_shuffle]
             rows.extend(np.sort(some) for some in np.split(dealt, per_shuffle))

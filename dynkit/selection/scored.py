@@ -13,8 +13,8 @@ import numpy as np
 import polars as pl
 import torch
 
-from dynkit.errors import PolicyError
-from dynkit.selection.budget import Budget, Choice, chosen
+from dynkit.errors import InvalidInput
+from dynkit.selection.budget import Balanced, Choice, check_finite
 from dynkit.selection.sampling import Random
 from dynkit.types import RunView
 
@@ -24,10 +24,8 @@ _LEAST_CHANCE = 1e-3  # of a sample, in parts of the mean chance; so no weight i
 
 
 @dataclass(frozen=True)
-class Scored(Budget):
+class Scored(Balanced):
     """What selections by one score per sample have in common."""
-
-    balance: bool = False
 
     kind: ClassVar[str]
 
@@ -36,17 +34,9 @@ class Scored(Budget):
         if run.model is None or not pool.height:
             return Random(self.fraction, self.n)(pool, run, rng)
         scores = run.score(self.kind, pool["key"])
-        bad = int((~torch.isfinite(scores)).sum())
-        if bad:
-            raise PolicyError(f"the {self.kind} of {bad} samples is not a finite number; look at the model's outputs")
-        return chosen(
-            pool,
-            self._of(pool.height),
-            lambda rows, n, generator: _RULES[self.kind](scores[rows], n, generator),
-            rng,
-            balance=type(self).__name__ if self.balance else None,
-            score=scores,
-        )
+        check_finite(scores, self.kind)
+        rule, budget = _RULES[self.kind], self._of(pool.height)
+        return self._chosen(pool, budget, lambda rows, n, generator: rule(scores[rows], n, generator), rng, scores)
 
     def choose(self, scores: torch.Tensor, rng: torch.Generator) -> Choice:
         """Choose among the samples of a batch.
@@ -61,7 +51,14 @@ class Scored(Budget):
         -------
         rows : (M,) int64
         weights : (M,) float32 or None
+
+        Raises
+        ------
+        InvalidInput
+            With ``balance=True``: a batch is not balanced.
         """
+        if self.balance:
+            raise InvalidInput(f"balance=True needs the whole pool; give the training {type(self).__name__} without it")
         return _RULES[self.kind](scores, self._of(len(scores)), rng)
 
 
@@ -69,9 +66,10 @@ class Scored(Budget):
 class Loss(Scored):
     """Samples drawn with chances in proportion to their loss (importance sampling).
 
-    Drawn without replacement with chances p = loss / sum(loss), and weighted by 1 / (N p), so that training stays that
-    on all N samples in expectation (Katharopoulos and Fleuret 2018, equations 3 and 4, with the loss in place of the
-    gradient norm). No chance is below a thousandth of the mean one.
+    Drawn without replacement with chances p = loss / sum(loss), and weighted by 1 / (N p), with which one draw has the
+    mean of all N samples in expectation (Katharopoulos and Fleuret 2018, equations 3 and 4, with the loss in place of
+    the gradient norm); many draws out of few samples only come near it. No chance is below a thousandth of the mean
+    one.
 
     Parameters
     ----------
