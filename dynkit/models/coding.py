@@ -32,14 +32,17 @@ _PAGE = 1 << 18
 def zigzag(differences: Bits) -> Bits:
     """Map differences modulo 2^w to small numbers for small ones of either sign: 0, -1, 1, -2 to 0, 1, 2, 3."""
     signed = differences.view(f"<i{differences.itemsize}")
-    mapped: Bits = ((signed << 1) ^ (signed >> (differences.itemsize * 8 - 1))).view(differences.dtype)
+    mapped: Bits = (signed >> (differences.itemsize * 8 - 1)).view(differences.dtype)
+    mapped ^= differences << differences.dtype.type(1)
     return mapped
 
 
 def unzigzag(mapped: Bits) -> Bits:
     """Inverse of `zigzag`."""
     one = mapped.dtype.type(1)
-    differences: Bits = (mapped >> one) ^ (~(mapped & one) + one)
+    differences: Bits = mapped & one
+    np.negative(differences, out=differences)  # all ones for odd numbers
+    differences ^= mapped >> one
     return differences
 
 
@@ -73,22 +76,24 @@ def decompress(data: Any, coder: str, count: int, dtype: np.dtype[Any], groups: 
         return np.asarray(standalone.simple_decompress(bytes(data))).view(dtype)
     if coder == "planes":
         planes = np.frombuffer(Zstd().decode(data), np.uint8).reshape(dtype.itemsize, count)
-        return np.ascontiguousarray(planes.T).view(dtype).reshape(count)
+        return planes.T.copy().view(dtype).reshape(count)
     return np.frombuffer(bytearray(Zstd().decode(data) if coder == "bytes" else data), dtype)
 
 
 def _grouping(groups: Bits) -> tuple[Bits, list[int]]:
     """Order by group, and the sizes of runs in it that get a histogram each: rare groups join their neighbours."""
+    order = np.argsort(groups, kind="stable")
+    ends = np.searchsorted(groups[order], np.arange(int(groups.max()) + 1, dtype=groups.dtype), side="right")
     sizes: list[int] = []
     waiting = 0
-    for count in np.bincount(groups).tolist():
+    for count in np.diff(ends, prepend=0).tolist():
         waiting += count
         if waiting >= _GROUP:
             sizes += [_PAGE] * (waiting // _PAGE) + ([waiting % _PAGE] if waiting % _PAGE else [])
             waiting = 0
     if waiting:
         sizes = [*sizes[:-1], sizes[-1] + waiting] if sizes else [waiting]
-    return np.argsort(groups, kind="stable"), sizes
+    return order, sizes
 
 
 def _pcodec(numbers: Bits, **options: Any) -> bytes:
