@@ -150,7 +150,7 @@ def state_of(model: nn.Module) -> State:
 
 def class_of(letters: torch.Tensor) -> torch.Tensor:
     """Kind of a character: a gap, punctuation, a digit, an upper or lower letter, the end of a line."""
-    return torch.bucketize(letters, torch.tensor([0, 15, 25, 32, 58, 64, 90]))
+    return torch.bucketize(letters.contiguous(), torch.tensor([0, 15, 25, 32, 58, 64, 90]))
 
 
 def lm_score(model: nn.Module, domain: str, label: Any = lambda y: y) -> Callable[[State], np.ndarray]:
