@@ -36,6 +36,8 @@ Ref = tuple[int, int]  # a pack, and a place in it
 _SMALL = 128  # bytes that a frame with a base does not pay for
 _SAMPLE = 1 << 14  # elements
 _RUNS = 16
+_GROUPED = 1 << 13  # elements for which histograms by exponent are worth their place
+_POOR = 0.75  # share of a tensor above which its prediction is doubted
 _EXTRA = 1.5  # bits per element that a coder takes besides the size of the number
 _GAIN = 0.05  # bits per element that anything must gain over the nearest parent
 _ALONE = ("auto", "planes", "bytes", "raw")  # coders of a tensor that nothing predicts
@@ -187,8 +189,7 @@ def _coded(
     if alone is None:
         return None
     if prediction is None:
-        coder, _ = _raced(alone, None, _ALONE if not step else ("plain", "planes"))
-        data = compress(alone, coder)
+        coder, data = _smallest(alone, None, _ALONE if not step else ("plain", "planes"))
         return _frame(key, target, coder, data, step=step), data
     expected = _expected(prediction, target, places)
     numbers = _residual(target, expected, step)
@@ -203,12 +204,13 @@ def _coded(
     }
     if not numbers.any():
         return _frame(key, target, "zero", prediction.side, **described), prediction.side
-    groups = exponents(bits_of(expected), target.dtype)
-    coders = ("plain", "planes") if groups is None else ("grouped", "plain", "planes")
-    coder, share = _raced(numbers, groups, coders)
-    if not step and len(prediction.side) + share * numbers.nbytes > _raced(alone, None, _ALONE)[1] * alone.nbytes:
-        return _coded(key, target, None, places, step)
-    data = prediction.side + compress(numbers, coder, groups)
+    groups = exponents(bits_of(expected), target.dtype) if len(numbers) >= _GROUPED else None
+    coder, data = _smallest(numbers, groups, ("planes", "plain" if groups is None else "grouped"))
+    data = prediction.side + data
+    if not step and len(data) > _POOR * target.nbytes:
+        without = _coded(key, target, None, places, step)
+        if without is not None and without[0].size <= len(data):
+            return without
     return _frame(key, target, coder, data, **described), data
 
 
@@ -217,15 +219,17 @@ def _frame(key: bytes, target: torch.Tensor, coder: str, data: bytes, **describe
     return Frame(key, dtype_name(target.dtype), shape, len(data), zlib.crc32(data), coder, **described)
 
 
-def _raced(numbers: Bits, groups: Bits | None, coders: Sequence[str]) -> tuple[str, float]:
-    """Best coder for a sample of the numbers, and the share of bytes that is left."""
-    if len(numbers) > 2 * _SAMPLE:
-        run = _SAMPLE // _RUNS
-        rows = (np.linspace(0, len(numbers) - run, _RUNS, dtype=int)[:, None] + np.arange(run)).reshape(-1)
-        numbers, groups = numbers[rows], None if groups is None else groups[rows]
-    sizes = {coder: len(compress(numbers, coder, groups)) / numbers.nbytes for coder in coders}
-    best = min(sizes, key=sizes.__getitem__)
-    return best, sizes[best]
+def _smallest(numbers: Bits, groups: Bits | None, coders: Sequence[str]) -> tuple[str, bytes]:
+    """Code by the coder that is best on a sample."""
+    if len(numbers) <= 2 * _SAMPLE:
+        coded = {coder: compress(numbers, coder, groups) for coder in coders}
+        best = min(coded, key=lambda coder: len(coded[coder]))
+        return best, coded[best]
+    run = _SAMPLE // _RUNS
+    rows = (np.linspace(0, len(numbers) - run, _RUNS, dtype=int)[:, None] + np.arange(run)).reshape(-1)
+    some, some_groups = numbers[rows], None if groups is None else groups[rows]
+    best = min(coders, key=lambda coder: len(compress(some, coder, some_groups)))
+    return best, compress(numbers, best, groups)
 
 
 def _residual(target: torch.Tensor, expected: torch.Tensor, step: float) -> Bits | None:
