@@ -56,7 +56,7 @@ def test_order_of_numbers_is_order_of_values(dtype: torch.dtype) -> None:
 )
 @settings(max_examples=80, deadline=None)
 def test_every_coder_gives_back_what_it_got(numbers: np.ndarray, coder: str, groups: int) -> None:
-    by = np.random.default_rng(groups).integers(0, groups + 1, len(numbers)).astype(np.uint8)
+    by = coding.Grouping.by(np.random.default_rng(groups).integers(0, groups + 1, len(numbers)).astype(np.uint8))
     data = coding.compress(numbers, coder, by)
     again = coding.decompress(data, coder, len(numbers), numbers.dtype, by)
     np.testing.assert_array_equal(again, numbers)
