@@ -87,3 +87,15 @@ def test_the_guides_of_policies_run(guide: str, tmp_path: Path, monkeypatch: pyt
     assert run.decisions().height > 5
     if "sweep" in names:
         assert [one.status for one in names["sweep"].runs] == ["finished"] * 4  # type: ignore[attr-defined]
+
+
+def test_the_guide_of_models_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for block in blocks_of("keep-every-model.md"):
+        exec(block, names)
+    evidence = names["evidence"]
+    assert isinstance(evidence, dict)
+    assert evidence["accepted"]
+    assert evidence["largest_error"] <= 1.01e-4
+    assert len(dk.Workspace("my-workspace").models) == 2
