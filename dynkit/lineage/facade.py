@@ -21,6 +21,7 @@ from dynkit.lineage import (
     listing,
     merging,
     placing,
+    remotes,
     structure,
     testing,
 )
@@ -35,6 +36,7 @@ from dynkit.lineage.merging import Merge
 from dynkit.lineage.operators import Operator
 from dynkit.lineage.placing import Placement
 from dynkit.lineage.rebuilding import Recipe, Workshop
+from dynkit.lineage.remotes import Transfer
 from dynkit.lineage.testing import ModelTest, TestReport
 from dynkit.models import ModelStore, manifest_id, tensor_id
 from dynkit.models.records import resolved
@@ -452,6 +454,29 @@ class Lineage:
                 f"the workspace has {len(known)} datasets; say which: dataset=, one of {', '.join(known)}"
             )
         return Dataset(self._catalog, known[0] if name is None else name)
+
+    # ---- other workspaces ----
+
+    def add_remote(self, name: str, path: str | Path) -> None:
+        """Remember another workspace, given by its directory, to push to and pull from; an earlier one is replaced."""
+        remotes.add_remote(self._catalog, name, Path(path))
+
+    def push(self, remote: str = "origin", models: str | Iterable[str] | None = None) -> Transfer:
+        """Copy to a remote what it lacks: models with all they come from, and names, where they moved on only here.
+
+        Parameters
+        ----------
+        remote : str
+        models : str, iterable of str or None
+            None: all.
+        """
+        wanted = [models] if isinstance(models, str) else models
+        return remotes.transfer(self._catalog, remotes.open_remote(self._catalog, remote), wanted)
+
+    def pull(self, remote: str = "origin", models: str | Iterable[str] | None = None) -> Transfer:
+        """Copy from a remote what is not here, as `push` does; its names are kept as ``<remote>/<name>``, too."""
+        wanted = [models] if isinstance(models, str) else models
+        return remotes.transfer(remotes.open_remote(self._catalog, remote), self._catalog, wanted, prefix=remote)
 
     # ---- where a model belongs ----
 
