@@ -28,7 +28,7 @@ def family(ws: dk.Workspace) -> dk.Workspace:
 
 def test_models_are_listed_shown_compared_and_tested(family: dk.Workspace, tmp_path: Path) -> None:
     at = ("-w", family.path)
-    left = family.lineage.resolve("left")
+    left = family.models.resolve("left")
     assert left[:12] in run("lineage", "log", *at)
     assert "model " + left[:12] in run("lineage", "show", "left", *at)
     assert "base" in run("lineage", "search", "--tag", "text", *at)

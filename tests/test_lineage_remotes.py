@@ -37,8 +37,8 @@ def test_a_clone_has_all_models_with_what_belongs_to_them(shared: dk.Workspace, 
     mine = dk.Workspace.clone(shared.path, tmp_path / "mine")
     assert edges(mine) == edges(shared)
     for name in ("main", "side"):
-        model = shared.lineage.resolve(name)
-        assert mine.lineage.resolve(name) == mine.lineage.resolve(f"origin/{name}") == model
+        model = shared.models.resolve(name)
+        assert mine.models.resolve(name) == mine.models.resolve(f"origin/{name}") == model
         ours, theirs = mine.models.load(model), shared.models.load(model)
         assert all(ours[key].equal(theirs[key]) for key in theirs)
         a, b = mine.lineage.show(model), shared.lineage.show(model)
@@ -59,14 +59,14 @@ def test_only_what_is_missing_travels(shared: dk.Workspace, tmp_path: Path) -> N
     assert pushed.known == 1 and pushed.edges == 1
     assert pushed.names == {"mine": (None, child)}
     assert "1 models, 40 B of tensors" in repr(pushed) and "moved" in pushed._repr_html_()
-    assert shared.lineage.ancestors("mine") == {shared.lineage.resolve("main")}
+    assert shared.lineage.ancestors("mine") == {shared.models.resolve("main")}
     with pytest.raises(NotFound):
-        shared.lineage.resolve("private")
+        shared.models.resolve("private")
 
 
 def test_a_name_moves_on_but_never_away_from_work_that_is_not_here(shared: dk.Workspace, tmp_path: Path) -> None:
     a, b = (dk.Workspace.clone(shared.path, tmp_path / name) for name in "ab")
-    base = shared.lineage.resolve("main")
+    base = shared.models.resolve("main")
     ours, theirs = (
         ws.lineage.add({**big(0), "head": torch.full((10,), value)}, parents=["main"], version_of="main")
         for ws, value in ((a, 1.0), (b, 2.0))
@@ -77,10 +77,10 @@ def test_a_name_moves_on_but_never_away_from_work_that_is_not_here(shared: dk.Wo
     late = b.lineage.push()
     assert (late.names, late.rejected) == ({}, {"main": (ours, theirs)})
     assert "went apart" in repr(late)
-    assert shared.lineage.resolve("main") == ours
+    assert shared.models.resolve("main") == ours
     assert theirs in {entry.model for entry in shared.lineage.log()}  # the graph is united all the same
     pulled = b.lineage.pull()
-    assert b.lineage.resolve("main") == theirs and b.lineage.resolve("origin/main") == ours
+    assert b.models.resolve("main") == theirs and b.models.resolve("origin/main") == ours
     assert pulled.rejected == {"main": (theirs, ours)}
     merged = b.lineage.merge("main", "origin/main", operator=Mean(), name="main").model
     assert b.lineage.push().names == {"main": (ours, merged)}
@@ -168,4 +168,4 @@ def test_a_push_that_is_killed_leaves_whole_models_and_the_next_one_goes_on(tmp_
     assert sizes == sorted(sizes) and len({n for n in sizes if 0 < n < 60}) >= 2
     source.lineage.push()
     assert edges(target) == edges(source)
-    assert target.lineage.resolve("m59") == last[0]
+    assert target.models.resolve("m59") == last[0]

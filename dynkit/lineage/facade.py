@@ -108,16 +108,6 @@ class Lineage:
         with self._catalog.read() as connection:
             return graph.common_ancestor(connection, resolved(connection, a), resolved(connection, b))
 
-    def resolve(self, model: str) -> str:
-        """Return the identity of a model.
-
-        Raises
-        ------
-        NotFound
-        """
-        with self._catalog.read() as connection:
-            return resolved(connection, model)
-
     # ---- what is there ----
 
     def log(self, limit: int | None = 50) -> Log:
@@ -197,9 +187,30 @@ class Lineage:
         ------
         InvalidInput, NotFound, Conflict
         """
-        made_from = [self.resolve(parent) for parent in parents]
-        before = [] if version_of is None else [self.resolve(version_of)]
+        made_from = [self._store.resolve(parent) for parent in parents]
+        before = [] if version_of is None else [self._store.resolve(version_of)]
         return adding.add(self._store, model, made_from, before=before, how=how, name=name, tags=tags, note=note)
+
+    def add_group(
+        self, function: Callable[..., Any], *, parents: Sequence[str] = (), how: str = "made together"
+    ) -> dict[str, str]:
+        """Store models that are made together, such as tasks that share a body; an update makes all of them anew.
+
+        Parameters
+        ----------
+        function : callable
+            Of the parents' states; returns a mapping of any names to modules or states.
+        parents : sequence of str
+        how : str
+            How they were made, for people.
+
+        Returns
+        -------
+        dict
+            The names, and the models' identities.
+        """
+        made_from = [self._store.resolve(parent) for parent in parents]
+        return adding.add_group(self._store, function, made_from, how=how)
 
     def name(self, model: str, name: str, *, instead_of: str | None = None) -> None:
         """Give a model a name, or move a name to it.
@@ -254,7 +265,7 @@ class Lineage:
         at_least : float or None
             A number passes from here on.
         """
-        chosen = tuple(self.resolve(model) for model in models)
+        chosen = tuple(self._store.resolve(model) for model in models)
         options = {"pattern": pattern, "tag": tag, "dataset": dataset, "at_least": at_least}
         test = testing.as_test(function, name, models=chosen, **options)
         with self._catalog.write() as connection:
@@ -313,7 +324,7 @@ class Lineage:
             How often to train at most.
         """
         chosen = self._test(test)
-        failing = self.resolve(model)
+        failing = self._store.resolve(model)
         return blamed(self._catalog, self._store, self._workshop, chosen, failing, trainings)
 
     def _test(self, test: str | Callable[..., Any]) -> ModelTest:
@@ -368,7 +379,7 @@ class Lineage:
         Conflict
             When there is no common ancestor.
         """
-        models = tuple(self.resolve(one) for one in (a, b, *more))
+        models = tuple(self._store.resolve(one) for one in (a, b, *more))
         return merging.merge(self._catalog, self._store, self._workshop, models, operator, module, name)
 
     # ---- updates ----

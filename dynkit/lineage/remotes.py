@@ -21,7 +21,7 @@ import torch
 
 from dynkit.catalog import Catalog, edges, models, names, notes, origins, remotes, results, tests
 from dynkit.errors import Conflict, InvalidInput, NotFound, StorageError, did_you_mean
-from dynkit.lineage.display import Shown, bytes_text, short
+from dynkit.lineage.display import Shown, bytes_text, short, watched
 from dynkit.lineage.graph import KINDS, all_edges, in_order, reachable
 from dynkit.lineage.origins import Origin, insert_origin, origins_of
 from dynkit.lineage.storing import put, stored_tensors
@@ -133,7 +133,7 @@ def transfer(source: Catalog, target: Catalog, wanted: Iterable[str] | None, *, 
     stored = stored_tensors(target)
     size_bytes = n_edges = 0
     missing = [model for model in order if model not in known]
-    for model in missing:
+    for model in watched(missing, "copy models"):
         state, manifest = here.load(model), here.manifest(model)
         new = {identity: name for name, identity in manifest.items() if identity not in stored}
         size_bytes += sum(state[name].nbytes for name in new.values())
