@@ -72,3 +72,15 @@ def test_the_guide_of_drift_says_what_it_prints() -> None:
     assert said[0].score == pytest.approx(float(re.search(r"score=([\d.]+)", guide)[1]), rel=0.01)
     assert dict(said[1].select("column", "drifted").iter_rows()) == {"heat": True, "place": False}
     assert said[2].low < said[2].estimate < said[2].high
+
+
+def test_the_guide_of_models_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for block in blocks_of("keep-every-model.md"):
+        exec(block, names)
+    evidence = names["evidence"]
+    assert isinstance(evidence, dict)
+    assert evidence["accepted"]
+    assert evidence["largest_error"] <= 1.01e-4
+    assert len(dk.Workspace("my-workspace").models) == 2

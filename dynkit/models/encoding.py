@@ -5,15 +5,15 @@ the tensor in full; what is not smaller than the tensor stays raw. `encode` deco
 before it gives it away.
 """
 
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import google_crc32c
 import numpy as np
 import torch
 
-from dynkit.models.coding import compress, decompress, unzigzag, zigzag
+from dynkit.models.coding import Grouping, compress, decompress, unzigzag, zigzag
 from dynkit.models.prediction import Prediction, fitted, predict
 from dynkit.models.tensors import (
     Bits,
@@ -36,6 +36,8 @@ Ref = tuple[int, int]  # a pack, and a place in it
 _SMALL = 128  # bytes that a frame with a base does not pay for
 _SAMPLE = 1 << 14  # elements
 _RUNS = 16
+_GROUPED = 1 << 13  # elements for which histograms by exponent are worth their place
+_POOR = 0.75  # share of a tensor above which its prediction is doubted
 _EXTRA = 1.5  # bits per element that a coder takes besides the size of the number
 _GAIN = 0.05  # bits per element that anything must gain over the nearest parent
 _ALONE = ("auto", "planes", "bytes", "raw")  # coders of a tensor that nothing predicts
@@ -54,7 +56,7 @@ class Frame:
     size : int
         Stored bytes.
     crc : int
-        CRC-32 of them.
+        CRC-32C of them.
     coder : str
     predictor : str
     options : tuple
@@ -117,10 +119,10 @@ def encode(
         for prediction in (*_ranked(target, places, grid), None):
             coded = _coded(key, target, prediction, places, grid)
             if coded is not None and admits(coded[0].bases, coded[0].size):
-                used = [places.tensors[places.refs.index(ref)] for ref in coded[0].bases]
-                again = decode(*coded, used)
-                if digest(coded[0].dtype, coded[0].shape, raw(again)) == key:
-                    return coded
+                frame, data, grouping = coded
+                used = [places.tensors[places.refs.index(ref)] for ref in frame.bases]
+                if digest(frame.dtype, frame.shape, raw(decode(frame, data, used, grouping))) == key:
+                    return frame, data
     data = raw(target).tobytes()
     return _frame(key, target, "raw", data), data
 
@@ -179,17 +181,16 @@ def _expected(prediction: Prediction, like: torch.Tensor, places: _Places) -> to
 
 def _coded(
     key: bytes, target: torch.Tensor, prediction: Prediction | None, places: _Places, step: float
-) -> tuple[Frame, bytes] | None:
+) -> tuple[Frame, bytes, Grouping | None] | None:
     """Code by this prediction, unless the tensor alone takes no more; None where it is on no grid of this step."""
     if not target.numel():
-        return _frame(key, target, "raw", b""), b""
+        return _frame(key, target, "raw", b""), b"", None
     alone = _alone(target, 0.0 if prediction else step)
     if alone is None:
         return None
     if prediction is None:
-        coder, _ = _raced(alone, None, _ALONE if not step else ("plain", "planes"))
-        data = compress(alone, coder)
-        return _frame(key, target, coder, data, step=step), data
+        coder, data, _ = _smallest(alone, None, _ALONE if not step else ("plain", "planes"))
+        return _frame(key, target, coder, data, step=step), data, None
     expected = _expected(prediction, target, places)
     numbers = _residual(target, expected, step)
     if numbers is None:
@@ -202,30 +203,35 @@ def _coded(
         "step": step,
     }
     if not numbers.any():
-        return _frame(key, target, "zero", prediction.side, **described), prediction.side
-    groups = exponents(bits_of(expected), target.dtype)
-    coders = ("plain", "planes") if groups is None else ("grouped", "plain", "planes")
-    coder, share = _raced(numbers, groups, coders)
-    if not step and len(prediction.side) + share * numbers.nbytes > _raced(alone, None, _ALONE)[1] * alone.nbytes:
-        return _coded(key, target, None, places, step)
-    data = prediction.side + compress(numbers, coder, groups)
-    return _frame(key, target, coder, data, **described), data
+        return _frame(key, target, "zero", prediction.side, **described), prediction.side, None
+    groups = exponents(bits_of(expected), target.dtype) if len(numbers) >= _GROUPED else None
+    coder, data, grouping = _smallest(numbers, groups, ("planes", "plain" if groups is None else "grouped"))
+    data = prediction.side + data
+    if not step and len(data) > _POOR * target.nbytes:
+        without = _coded(key, target, None, places, step)
+        if without is not None and without[0].size <= len(data):
+            return without
+    return _frame(key, target, coder, data, **described), data, grouping
 
 
 def _frame(key: bytes, target: torch.Tensor, coder: str, data: bytes, **described: Any) -> Frame:
     shape = tuple(target.shape)
-    return Frame(key, dtype_name(target.dtype), shape, len(data), zlib.crc32(data), coder, **described)
+    return Frame(key, dtype_name(target.dtype), shape, len(data), google_crc32c.value(data), coder, **described)
 
 
-def _raced(numbers: Bits, groups: Bits | None, coders: Sequence[str]) -> tuple[str, float]:
-    """Best coder for a sample of the numbers, and the share of bytes that is left."""
-    if len(numbers) > 2 * _SAMPLE:
-        run = _SAMPLE // _RUNS
-        rows = (np.linspace(0, len(numbers) - run, _RUNS, dtype=int)[:, None] + np.arange(run)).reshape(-1)
-        numbers, groups = numbers[rows], None if groups is None else groups[rows]
-    sizes = {coder: len(compress(numbers, coder, groups)) / numbers.nbytes for coder in coders}
-    best = min(sizes, key=sizes.__getitem__)
-    return best, sizes[best]
+def _smallest(numbers: Bits, groups: Bits | None, coders: Sequence[str]) -> tuple[str, bytes, Grouping | None]:
+    """Code by the coder that is best on a sample."""
+    few = len(numbers) <= 2 * _SAMPLE
+    run = _SAMPLE // _RUNS
+    starts = np.linspace(0, len(numbers) - run, _RUNS, dtype=int)
+    some = slice(None) if few else (starts[:, None] + np.arange(run)).reshape(-1)
+    grouping = Grouping.by(groups[some]) if groups is not None else None
+    coded = {coder: compress(numbers[some], coder, grouping) for coder in coders}
+    best = min(coded, key=lambda coder: len(coded[coder]))
+    if few:
+        return best, coded[best], grouping
+    grouping = Grouping.by(groups) if groups is not None and best == "grouped" else None
+    return best, compress(numbers, best, grouping), grouping
 
 
 def _residual(target: torch.Tensor, expected: torch.Tensor, step: float) -> Bits | None:
@@ -252,8 +258,8 @@ def _alone(target: torch.Tensor, step: float) -> Bits | None:
     return bits
 
 
-def decode(frame: Frame, data: Any, bases: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Inverse of `encode`: the tensor, in memory of its own."""
+def decode(frame: Frame, data: Any, bases: Sequence[torch.Tensor], grouping: Grouping | None = None) -> torch.Tensor:
+    """Inverse of `encode`: the tensor, in memory of its own; the grouping may be at hand."""
     dtype = torch_dtype(frame.dtype)
     count = frame.raw_bytes // max(1, dtype.itemsize // (2 if dtype.is_complex else 1))
     numbers_of = np.dtype("<u4" if frame.step else f"<u{frame.raw_bytes // count if count else 1}")
@@ -270,8 +276,11 @@ def decode(frame: Frame, data: Any, bases: Sequence[torch.Tensor]) -> torch.Tens
         expected = predict(frame.predictor, frame.options, side, bases, dtype, frame.shape)
     if frame.coder == "zero":
         return expected.clone() if any(expected is base for base in bases) else expected
-    groups = exponents(bits_of(expected), dtype) if frame.coder == "grouped" else None
-    differences = unzigzag(decompress(rest, frame.coder, count, numbers_of, groups))
+    if frame.coder == "grouped" and grouping is None:
+        groups = exponents(bits_of(expected), dtype)
+        assert groups is not None
+        grouping = Grouping.by(groups)
+    differences = unzigzag(decompress(rest, frame.coder, count, numbers_of, grouping))
     if frame.step:
         return on_grid(expected, torch.from_numpy(differences.view(np.int32)).reshape(frame.shape), frame.step)
     near = ordered(bits_of(expected), dtype)

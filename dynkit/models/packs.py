@@ -11,13 +11,13 @@ when all of it is on the disk, and is never changed.
 import json
 import os
 import secrets
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import sqlalchemy as sa
 from numcodecs.zstd import Zstd
 
@@ -120,7 +120,7 @@ def _packed(frames: Sequence[Frame | None]) -> bytes:
     rows = [None if frame is None else _trimmed(astuple(frame)[1:]) for frame in frames]
     rest = Zstd(_LEVEL).encode(json.dumps(rows, separators=(",", ":")).encode())
     body = len(ids).to_bytes(4, "little") + ids + bytes(rest)
-    return zlib.crc32(body).to_bytes(4, "little") + body
+    return int(google_crc32c.value(body)).to_bytes(4, "little") + body
 
 
 _DEFAULTS = ("none", (), (), 0, 0.0)  # of the last fields of a Frame
@@ -135,7 +135,7 @@ def _trimmed(fields: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _unpacked(data: bytes) -> list[Frame | None]:
-    if zlib.crc32(data[4:]) != int.from_bytes(data[:4], "little"):
+    if google_crc32c.value(data[4:]) != int.from_bytes(data[:4], "little"):
         raise ValueError("its checksum does not fit")
     split = 8 + int.from_bytes(data[4:8], "little")
     ids = iter(data[at : at + _ID_BYTES] for at in range(8, split, _ID_BYTES))

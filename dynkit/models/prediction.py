@@ -29,6 +29,7 @@ __all__ = ["Prediction", "fitted", "predict"]
 _RANK = 48  # at most, of a low-rank difference
 _FACTOR_BITS = 23  # so that sums of _RANK products stay below 2^53
 _OVERSAMPLING = 8
+_LARGE = 1024  # elements that are worth more than the common predictions
 _SPARSE = 0.02  # share of zeros that hints at pruning
 
 
@@ -89,16 +90,19 @@ def fitted(target: torch.Tensor, bases: Sequence[torch.Tensor], parents: int) ->
     equal = [place for place, base in enumerate(bases) if base.shape == target.shape and base.dtype == target.dtype]
     if not equal or not (target.is_floating_point() and target.dtype.itemsize > 1):
         return
+    if target.numel() >= _LARGE:
+        yield from _pruned(target, bases[equal[0]], equal[0])
     several = [place for place in equal if place < parents]
     if len(several) > 1:
         for wide in (False, True):
             for how in ("after", "reciprocal", "each"):
                 yield Prediction("mean", tuple(several), (wide, how))
         yield from _least_squares(target, bases, several)
+    if target.numel() < _LARGE:
+        return
     yield from _least_squares(target, bases, equal[:1])
     if len(equal) > 1:
         yield from _least_squares(target, bases, equal[:2])
-    yield from _pruned(target, bases[equal[0]], equal[0])
     yield from _low_rank(target, bases[equal[0]], equal[0])
 
 
@@ -136,8 +140,10 @@ def _sampled(tensor: torch.Tensor, step: int) -> "np.ndarray[Any, np.dtype[np.fl
 
 def _pruned(target: torch.Tensor, parent: torch.Tensor, place: int) -> Iterator[Prediction]:
     """Zeros where the parent has none: by its magnitude if one threshold tells them, else by a mask."""
+    if int(torch.count_nonzero(target)) > (1 - _SPARSE) * target.numel():
+        return
     zero = target == 0
-    if not zero.float().mean() > _SPARSE or bool((parent[zero] == 0).all()) or not bool(parent.isfinite().all()):
+    if bool((parent[zero] == 0).all()) or not bool(parent.isfinite().all()):
         return
     signed = bool(torch.signbit(target[zero]).any())  # a weight times a mask of zero keeps its sign
     size = parent.abs()
@@ -192,11 +198,12 @@ def _low_rank(target: torch.Tensor, parent: torch.Tensor, place: int) -> Iterato
     The factors are rounded to 24 bits, so that their product is a sum of whole numbers below 2^53: exact in doubles,
     whatever order a matrix product adds in.
     """
-    if target.dim() < 2 or target.numel() < 4096:
+    if target.dim() < 2:
         return
-    difference = (target.double() - parent.double()).reshape(len(target), -1)
-    if min(difference.shape) < 2 * _OVERSAMPLING or not _looks_low_rank(difference):
+    matrices = target.reshape(len(target), -1), parent.reshape(len(target), -1)
+    if min(matrices[0].shape) < 2 * _OVERSAMPLING or not _looks_low_rank(*matrices):
         return
+    difference = matrices[0].double() - matrices[1].double()
     generator = torch.Generator().manual_seed(0)
     probes = torch.randn(difference.shape[1], _RANK + _OVERSAMPLING, dtype=torch.float64, generator=generator)
     basis = torch.linalg.qr(difference @ probes).Q
@@ -212,16 +219,14 @@ def _low_rank(target: torch.Tensor, parent: torch.Tensor, place: int) -> Iterato
     yield Prediction("lowrank", (place,), (rank, *exponents), compress(numbers, "auto"))
 
 
-def _looks_low_rank(difference: torch.Tensor) -> bool:
-    """Look at 64 rows and 512 columns of it."""
-    rows, columns = (
-        torch.arange(0, n, max(1, n // most))[:most] for n, most in zip(difference.shape, (64, 512), strict=True)
-    )
-    part = difference[rows][:, columns]
+def _looks_low_rank(target: torch.Tensor, parent: torch.Tensor) -> bool:
+    """Look at the difference in 64 rows and 256 columns."""
+    rows, columns = (slice(None, None, max(1, n // most)) for n, most in zip(target.shape, (64, 256), strict=True))
+    part = (target[rows, columns].double() - parent[rows, columns].double())[:64, :256]
     if not bool(part.isfinite().all()):
         return False
     values = torch.linalg.eigvalsh(part @ part.T).flip(0).clamp_min(0).numpy()
-    return 0 < _rank(values) <= len(rows) * 3 // 4
+    return 0 < _rank(values) <= len(part) * 3 // 4
 
 
 def _rank(squares: "np.ndarray[Any, np.dtype[np.float64]]") -> int:

@@ -71,7 +71,7 @@ def bits_of(tensor: torch.Tensor) -> Bits:
 
 
 def tensor_of(bits: Bits, dtype: torch.dtype, shape: "torch.Size | tuple[int, ...]") -> torch.Tensor:
-    """Inverse of `bits_of` and `raw`; shares the memory."""
+    """Inverse of `bits_of` and `raw`; shares the memory, which must be writable."""
     if not bits.size:
         return torch.empty(shape, dtype=dtype)
     return torch.from_numpy(bits.view(np.uint8)).view(dtype).reshape(shape)
@@ -108,8 +108,9 @@ def ordered(bits: Bits, dtype: torch.dtype) -> Bits:
     if not is_float(dtype):
         return bits
     width = bits.itemsize * 8
-    negative = (bits.view(f"<i{bits.itemsize}") >> (width - 1)).view(bits.dtype)  # all ones or all zeros
-    mapped: Bits = bits ^ (negative | bits.dtype.type(1 << (width - 1)))
+    mapped: Bits = (bits.view(f"<i{bits.itemsize}") >> (width - 1)).view(bits.dtype)  # all ones where negative
+    mapped |= bits.dtype.type(1 << (width - 1))
+    mapped ^= bits
     return mapped
 
 
@@ -118,8 +119,10 @@ def restored(mapped: Bits, dtype: torch.dtype) -> Bits:
     if not is_float(dtype):
         return mapped
     width = mapped.itemsize * 8
-    positive = (mapped.view(f"<i{mapped.itemsize}") >> (width - 1)).view(mapped.dtype)
-    bits: Bits = mapped ^ (~positive | mapped.dtype.type(1 << (width - 1)))
+    bits: Bits = (mapped.view(f"<i{mapped.itemsize}") >> (width - 1)).view(mapped.dtype)  # all ones where positive
+    np.invert(bits, out=bits)
+    bits |= mapped.dtype.type(1 << (width - 1))
+    bits ^= mapped
     return bits
 
 
@@ -128,6 +131,6 @@ def exponents(bits: Bits, dtype: torch.dtype) -> Bits | None:
     mantissa = _mantissa(dtype)
     if mantissa is None:
         return None
-    wide = (bits & bits.dtype.type((1 << (bits.itemsize * 8 - 1)) - 1)) >> bits.dtype.type(mantissa)
-    narrow: Bits = wide.astype(np.uint16 if bits.itemsize == 8 else np.uint8)
+    narrow: Bits = (bits >> bits.dtype.type(mantissa)).astype(np.uint16 if bits.itemsize == 8 else np.uint8)
+    narrow &= narrow.dtype.type((1 << (bits.itemsize * 8 - 1 - mantissa)) - 1)
     return narrow

@@ -7,7 +7,6 @@ exclude each other by a lock that ends with its process.
 
 import fcntl
 import time
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import sqlalchemy as sa
 
 from dynkit import html
@@ -92,7 +92,7 @@ def inspect(shelf: Packs, checked: Sequence[Stored], *, deep: bool) -> list[Dama
                     frame = reader.frame(ref)
                     for base in frame.bases:
                         needs[ref] |= check(base)
-                    if zlib.crc32(reader.data(ref)) != frame.crc:
+                    if google_crc32c.value(reader.data(ref)) != frame.crc:
                         raise StorageError(f"its bytes in {reader.pack(ref[0]).file} do not fit their checksum")
                     if deep and not needs[ref]:
                         reader.base(ref)

@@ -1,0 +1,286 @@
+"""The store over time: a state machine against a dictionary, several writers, kills, flipped bits."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import storms
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, multiple, rule
+
+import dynkit as dk
+from dynkit.errors import NotFound, StorageError
+from dynkit.models import manifest_id, reading, tensor_id
+
+State = dict[str, torch.Tensor]
+
+
+def equal(a: State, b: State) -> bool:
+    """Bit by bit, so that NaN is itself and -0 is not 0."""
+    return list(a) == list(b) and all(tensor_id(a[name]) == tensor_id(b[name]) for name in a)
+
+
+def random_state(rng: np.random.Generator) -> State:
+    dtypes = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.uint8, torch.bool]
+    shapes = [(), (0,), (7,), (40, 30), (6, 5, 3, 3), (1500,)]
+    state = {}
+    for i in range(rng.integers(1, 5)):
+        shape = shapes[rng.integers(len(shapes))]
+        state[f"t{i}"] = torch.from_numpy(np.asarray(rng.standard_normal(shape))).to(dtypes[rng.integers(len(dtypes))])
+    return state
+
+
+def child_of(state: State, kind: str, rng: np.random.Generator) -> State:
+    """What people do to models."""
+    changed = {}
+    for name, tensor in state.items():
+        noise = torch.from_numpy(np.asarray(rng.standard_normal(tensor.shape)))
+        if not tensor.is_floating_point() or kind == "same":
+            changed[name] = tensor.clone()
+        elif kind == "tuned":
+            changed[name] = (tensor.double() + 1e-3 * noise).to(tensor.dtype)
+        elif kind == "pruned":
+            changed[name] = torch.where(tensor.abs() > 0.5, tensor, torch.zeros_like(tensor))
+        elif kind == "masked":
+            changed[name] = tensor * (noise > 0)
+        elif kind == "cast":
+            changed[name] = tensor.half()
+        elif kind == "extended" and tensor.dim():
+            changed[name] = torch.cat([tensor, tensor[:2]])
+        elif kind == "strange":
+            special = torch.tensor([float("nan"), -0.0, float("inf"), 1e-40], dtype=torch.float64)
+            changed[name] = torch.where(noise > 1, special[int(rng.integers(4))], tensor.double()).to(tensor.dtype)
+        else:
+            changed[name] = tensor * 0.99
+    return changed
+
+
+class Machine(RuleBasedStateMachine):
+    """Everything that is put comes back, whatever is removed, collected and repacked in between."""
+
+    ids = Bundle("ids")
+
+    @initialize()
+    def make(self) -> None:
+        self.folder = Path(os.environ["DYNKIT_TEST_FOLDER"]) / str(time.monotonic_ns())
+        self.store = dk.Workspace(self.folder).models
+        self.known: dict[str, State] = {}
+
+    @rule(target=ids, seed=st.integers(0, 99))
+    def put(self, seed: int) -> str:
+        return self._put(random_state(np.random.default_rng(seed)), [])
+
+    @rule(
+        target=ids,
+        parents=st.lists(ids, min_size=1, max_size=3),
+        kind=st.sampled_from(["same", "tuned", "pruned", "masked", "cast", "extended", "strange", "scaled", "mean"]),
+        seed=st.integers(0, 99),
+    )
+    def derive(self, parents: list[str], kind: str, seed: int) -> str:
+        here = [parent for parent in parents if parent in self.known]
+        if not here:
+            return multiple()
+        state = child_of(self.known[here[0]], kind, np.random.default_rng(seed))
+        if kind == "mean" and len({str({n: (t.shape, t.dtype) for n, t in self.known[p].items()}) for p in here}) == 1:
+            floats = [name for name, tensor in state.items() if tensor.is_floating_point()]
+            state |= {name: sum(self.known[parent][name] for parent in here) / len(here) for name in floats}
+        return self._put(state, here)
+
+    def _put(self, state: State, parents: list[str]) -> str:
+        model = self.store.put(state, parents)
+        self.known[model] = {name: tensor.clone() for name, tensor in state.items()}
+        return model
+
+    @rule(model=ids)
+    def remove(self, model: str) -> None:
+        if self.known.pop(model, None) is None:
+            with pytest.raises(NotFound):
+                self.store.remove(model)
+        else:
+            self.store.remove(model)
+
+    @rule(garbage=st.sampled_from([0.0, 0.25]))
+    def gc(self, garbage: float) -> None:
+        self.store.gc(grace_s=0, garbage=garbage)
+
+    @rule()
+    def repack(self) -> None:
+        self.store.repack()
+
+    @rule()
+    def open_again(self) -> None:
+        self.store = dk.Workspace(self.folder).models
+
+    @rule(model=ids)
+    def load(self, model: str) -> None:
+        if model in self.known:
+            assert equal(self.store.load(model), self.known[model])
+
+    @invariant()
+    def count(self) -> None:
+        assert len(self.store) == len(self.known)
+
+    def teardown(self) -> None:
+        if hasattr(self, "store"):
+            assert self.store.fsck(deep=True) == []
+            for model, state in self.store.load_many(list(self.known)).items():
+                assert equal(state, self.known[model])
+            with self.store._shelf.reading() as reader:
+                for model in self.known:
+                    for ref in self.store._stored([model])[model].refs.values():
+                        assert reader.reach(ref)[1] <= reading.DEPTH
+            self.store._catalog.close()
+            shutil.rmtree(self.folder)
+
+
+def test_whatever_happens_a_model_comes_back_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hypothesis.stateful import run_state_machine_as_test
+
+    monkeypatch.setenv("DYNKIT_TEST_FOLDER", str(tmp_path))
+    how = settings(max_examples=25, stateful_step_count=20, deadline=None, suppress_health_check=list(HealthCheck))
+    run_state_machine_as_test(Machine, settings=how)
+
+
+def storm(folder: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, storms.__file__, str(folder)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def told(process: subprocess.Popen[str], line: str) -> str:
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(line + "\n")
+    process.stdin.flush()
+    return process.stdout.readline().strip()
+
+
+def test_no_kill_loses_or_spoils_a_model(ws: dk.Workspace) -> None:
+    kills = int(os.environ.get("DYNKIT_KILLS", "30"))
+    rng = np.random.default_rng(0)
+    process = storm(ws.path)
+    before: set[str] = set()
+    for _ in range(kills):
+        assert told(process, f"1 {rng.uniform(0, 0.2)}") == "9"
+        here = set(ws.models)
+        assert before <= here
+        before = here
+    process.communicate()
+    states = ws.models.load_many(list(ws.models))
+    assert len(states) > 3
+    assert all(manifest_id({n: tensor_id(t) for n, t in state.items()}) == id for id, state in states.items())
+    assert ws.models.fsck(deep=True) == []
+    ws.models.gc(grace_s=0)
+    assert not list((ws.path / "models/packs").glob(".*.pack"))
+    assert ws.models.fsck(deep=True) == []
+
+
+def test_four_writers_with_gc_and_repack_beside_them(ws: dk.Workspace) -> None:
+    process = storm(ws.path)
+    assert told(process, "4 3.0 removes") == "9 9 9 9"
+    process.communicate()
+    states = ws.models.load_many(list(ws.models))
+    assert len(states) > 4
+    assert all(manifest_id({n: tensor_id(t) for n, t in state.items()}) == id for id, state in states.items())
+    assert ws.models.fsck(deep=True) == []
+
+
+def test_a_flipped_bit_is_found_and_the_models_that_it_spoils_are_named(ws: dk.Workspace) -> None:
+    base = {"a": torch.randn(100, 100), "b": torch.randn(50)}
+    first = ws.models.put(base)
+    second = ws.models.put({"a": base["a"] + 1e-4 * torch.randn(100, 100), "b": base["b"]}, [first])
+    other = ws.models.put({"c": torch.randn(20)})
+    (pack,) = [p for p in (ws.path / "models/packs").glob("*.pack") if p.stat().st_size > 25_000]
+    content = bytearray(pack.read_bytes())
+    content[1000] ^= 4
+    pack.write_bytes(content)
+    for deep in (False, True):
+        (damage,) = ws.models.fsck(deep=deep)
+        assert damage.tensor == tensor_id(base["a"])
+        assert set(damage.models) == {first, second}
+    for model in (first, second):
+        with pytest.raises(StorageError, match=tensor_id(base["a"])[:12]):
+            ws.models.verify(model)
+        with pytest.raises(StorageError, match="is damaged"):
+            dk.Workspace(ws.path).models.load(model)
+    ws.models.verify(other)
+
+
+def test_a_flipped_bit_anywhere_never_goes_unnoticed(ws: dk.Workspace, tmp_path: Path) -> None:
+    model = ws.models.put({"a": torch.randn(30, 30), "b": torch.arange(5)})
+    (pack,) = (ws.path / "models/packs").glob("*.pack")
+    sound = pack.read_bytes()
+    rng = np.random.default_rng(0)
+    for place in rng.integers(0, len(sound), 40).tolist():
+        broken = bytearray(sound)
+        broken[place] ^= 1 << int(rng.integers(8))
+        pack.write_bytes(broken)
+        assert [damage.models for damage in dk.Workspace(ws.path).models.fsck()] != []
+        with pytest.raises(StorageError):
+            dk.Workspace(ws.path).models.load(model)
+    pack.write_bytes(sound)
+    assert ws.models.fsck(deep=True) == []
+
+
+def test_gc_keeps_what_others_are_predicted_from_and_frees_the_rest(ws: dk.Workspace) -> None:
+    base, other = torch.randn(200, 200), torch.randn(200, 200)
+    first = ws.models.put({"a": base, "b": other})
+    second = ws.models.put({"a": base + 1e-4 * torch.randn(200, 200)}, [first])
+    expected = ws.models.load(second)
+    ws.models.remove(first)
+    freed = ws.models.gc(garbage=0)
+    assert freed.tensors == 1
+    assert 100_000 < freed.size_bytes < 160_000
+    assert equal(dk.Workspace(ws.path).models.load(second), expected)
+    assert other.numpy().tobytes()[:64] not in b"".join(p.read_bytes() for p in (ws.path / "models/packs").iterdir())
+    ws.models.remove(second)
+    ws.models.gc()
+    assert list((ws.path / "models/packs").glob("*.pack")) == []
+
+
+def test_gc_leaves_files_of_writers_that_may_be_about_to_commit(ws: dk.Workspace) -> None:
+    ws.models.put({"a": torch.zeros(3)})
+    waiting = ws.path / "models/packs/0123.pack"
+    waiting.write_bytes(b"x")
+    ws.models.gc()
+    assert waiting.exists()
+    ws.models.gc(grace_s=0)
+    assert not waiting.exists()
+
+
+def test_a_reader_goes_on_when_gc_moves_what_it_reads(ws: dk.Workspace) -> None:
+    state = {"a": torch.randn(1000), "b": torch.randn(1000)}
+    model, removed = ws.models.put(state), ws.models.put({"c": torch.randn(3000)})
+    opened = ws.models.open(model)
+    dk.Workspace(ws.path).models.repack()
+    assert opened["a"].equal(state["a"])
+    dk.Workspace(ws.path).models.remove(removed)
+    dk.Workspace(ws.path).models.gc(garbage=0)
+    assert equal(dict(opened), state)
+    assert equal(ws.models.load(model), state)
+
+
+def test_repack_uses_a_lineage_that_became_known_later(ws: dk.Workspace) -> None:
+    import sqlalchemy as sa
+
+    from dynkit.catalog import edges
+
+    base = {"w": torch.randn(200, 200)}
+    child = {"w": base["w"] + 1e-4 * torch.randn(200, 200)}
+    first, second = ws.models.put(base), ws.models.put(child)
+    with ws.catalog.write() as connection:
+        connection.execute(sa.insert(edges), {"parent": first, "child": second, "kind": "derived", "run": ""})
+    before = ws.models.stats().stored_bytes
+    assert ws.models.repack().tensors == 1
+    assert ws.models.stats().stored_bytes < before * 0.9
+    assert len(list((ws.path / "models/packs").glob("*.pack"))) == 1
+    assert equal(dk.Workspace(ws.path).models.load(second), child)
