@@ -34,6 +34,7 @@ in_workspace = click.option(
     help="Directory; default: $DYNKIT_WORKSPACE, else ./dynkit-workspace.",
 )
 of_run = click.argument("run")
+of_model = click.argument("model")
 
 
 @contextmanager
@@ -195,6 +196,208 @@ def compare(runs: tuple[str, ...], workspace: Path | None) -> None:
             newest = {run.name: run for run in reversed(ws.runs()) if run.trained}
             chosen = sorted(newest.values(), key=lambda run: run.created)
         _table(*dk.compare(chosen).rows_as_text())
+
+
+@main.group()
+def lineage() -> None:
+    """Ask and change the graph of models."""
+
+
+@lineage.command("log")
+@click.option("-n", "limit", default=20, show_default=True, help="How many of the newest models.")
+@in_workspace
+def lineage_log(limit: int, workspace: Path | None) -> None:
+    """List the newest models."""
+    with _told():
+        _say(repr(_open(workspace).lineage.log(limit)))
+
+
+@lineage.command("show")
+@of_model
+@in_workspace
+def lineage_show(model: str, workspace: Path | None) -> None:
+    """Show all that is known of MODEL."""
+    with _told():
+        _say(repr(_open(workspace).lineage.show(model)))
+
+
+@lineage.command("search")
+@click.argument("text", required=False)
+@click.option("--tag")
+@click.option("--run", help="Id or name of the run that trained it.")
+@click.option("--dataset", help="That it was trained on.")
+@in_workspace
+def lineage_search(
+    text: str | None, tag: str | None, run: str | None, dataset: str | None, workspace: Path | None
+) -> None:
+    """List models by TEXT in their names, tags and notes, and more."""
+    with _told():
+        _say(repr(_open(workspace).lineage.search(text, tag=tag, run=run, dataset=dataset)))
+
+
+@lineage.command("add")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--parent", "parents", multiple=True, help="A model that it was made from; may be repeated.")
+@click.option("--version-of", help="The model that it is the next version of.")
+@click.option("--how", default="added", show_default=True, help="How it was made, in words.")
+@click.option("--name")
+@click.option("--tag", "tags", multiple=True)
+@in_workspace
+def lineage_add(file: Path, workspace: Path | None, **place: Any) -> None:
+    """Store the model in a safetensors FILE with its place in the graph; print its identity."""
+    with _told():
+        _say(_open(workspace).lineage.add(file, **place))
+
+
+@lineage.command("place")
+@click.argument("file", type=click.Path(path_type=Path))
+@in_workspace
+def lineage_place(file: Path, workspace: Path | None) -> None:
+    """Find the models that the one in a safetensors FILE may come from."""
+    with _told():
+        _say(repr(_open(workspace).lineage.place(file)))
+
+
+@lineage.command("name")
+@of_model
+@click.argument("name")
+@click.option("--instead-of", help="The model that has the name now.")
+@in_workspace
+def lineage_name(model: str, name: str, instead_of: str | None, workspace: Path | None) -> None:
+    """Give MODEL a NAME, or move it there."""
+    with _told():
+        _open(workspace).lineage.name(model, name, instead_of=instead_of)
+
+
+@lineage.command("diff")
+@click.argument("a")
+@click.argument("b")
+@in_workspace
+def lineage_diff(a: str, b: str, workspace: Path | None) -> None:
+    """Compare the tensors and scores of two models."""
+    with _told():
+        _say(repr(_open(workspace).lineage.diff(a, b)))
+
+
+@lineage.command("merge")
+@click.argument("models", nargs=-1, required=True)
+@click.option("--operator", type=click.Choice(["mean", "task_arithmetic", "ties"]), help="Merge weights by it.")
+@click.option("--name", help="For the merged model.")
+@in_workspace
+def lineage_merge(models: tuple[str, ...], operator: str | None, name: str | None, workspace: Path | None) -> None:
+    """Merge MODELS; exit code 1 when there is a conflict."""
+    from dynkit.lineage.operators import OPERATORS
+
+    with _told():
+        if len(models) < 2:
+            raise InvalidInput("give at least two models to merge")
+        chosen = None if operator is None else OPERATORS[operator]()
+        merge = _open(workspace).lineage.merge(models[0], models[1], *models[2:], operator=chosen, name=name)
+        _say(repr(merge))
+    raise SystemExit(0 if merge.model else 1)
+
+
+@lineage.command("test")
+@click.argument("models", nargs=-1)
+@click.option("-t", "--test", "tests", multiple=True, help="Name of a test; without, those that apply.")
+@in_workspace
+def lineage_test(models: tuple[str, ...], tests: tuple[str, ...], workspace: Path | None) -> None:
+    """Run the registered tests on MODELS, or on all; exit code 1 when one fails."""
+    with _told():
+        report = _open(workspace).lineage.test(models or None, tests or None)
+        _say(repr(report))
+    raise SystemExit(0 if report.passed else 1)
+
+
+@lineage.command("bisect")
+@click.argument("test")
+@click.argument("bad")
+@click.option("--good", multiple=True, help="A model known to pass; may be repeated.")
+@in_workspace
+def lineage_bisect(test: str, bad: str, good: tuple[str, ...], workspace: Path | None) -> None:
+    """Find the first model that fails TEST among those that BAD comes from."""
+    with _told():
+        _say(repr(_open(workspace).lineage.bisect(test, good, bad)))
+
+
+@lineage.command("cascade")
+@click.argument("old")
+@click.argument("new")
+@click.option("--go", is_flag=True, help="Do it; without, only the plan is shown.")
+@in_workspace
+def lineage_cascade(old: str, new: str, go: bool, workspace: Path | None) -> None:
+    """Make all that comes from OLD anew from its version NEW."""
+    with _told():
+        _say(repr(_open(workspace).lineage.cascade(old, new, dry_run=not go)))
+
+
+@lineage.command("erase")
+@click.argument("keys", nargs=-1, type=int, required=True)
+@click.option("--dataset", help="Needed when there are several.")
+@click.option("--drop", is_flag=True, help="Remove affected models that have no recipe.")
+@click.option("--go", is_flag=True, help="Do it; without, only the plan is shown.")
+@in_workspace
+def lineage_erase(keys: tuple[int, ...], dataset: str | None, drop: bool, go: bool, workspace: Path | None) -> None:
+    """Erase the samples KEYS from a dataset and from all models that learned from them."""
+    with _told():
+        found = _open(workspace).lineage.erase(keys, dataset=dataset, dry_run=not go, drop=drop)
+        _say(repr(found))
+    raise SystemExit(1 if go and not found.done else 0)
+
+
+@lineage.command("save")
+@click.argument("file", type=click.Path(path_type=Path))
+@in_workspace
+def lineage_save(file: Path, workspace: Path | None) -> None:
+    """Write the graph to FILE: .graphml, .json or .mmd (Mermaid)."""
+    with _told():
+        _open(workspace).lineage.save(file)
+
+
+@main.group()
+def remote() -> None:
+    """Know other workspaces by a name."""
+
+
+@remote.command("add")
+@click.argument("name")
+@click.argument("path", type=click.Path(path_type=Path))
+@in_workspace
+def remote_add(name: str, path: Path, workspace: Path | None) -> None:
+    """Call the workspace at PATH by NAME, to push to and pull from."""
+    with _told():
+        _open(workspace).lineage.add_remote(name, path)
+
+
+@main.command()
+@click.argument("remote", default="origin")
+@click.argument("models", nargs=-1)
+@in_workspace
+def push(remote: str, models: tuple[str, ...], workspace: Path | None) -> None:
+    """Copy MODELS (all) to REMOTE (origin), as far as it lacks them; exit code 1 when a name went apart."""
+    with _told():
+        done = _open(workspace).lineage.push(remote, models or None)
+        _say(repr(done))
+    raise SystemExit(1 if done.rejected else 0)
+
+
+@main.command()
+@click.argument("remote", default="origin")
+@click.argument("models", nargs=-1)
+@in_workspace
+def pull(remote: str, models: tuple[str, ...], workspace: Path | None) -> None:
+    """Copy MODELS (all) from REMOTE (origin), as far as they are not here."""
+    with _told():
+        _say(repr(_open(workspace).lineage.pull(remote, models or None)))
+
+
+@main.command()
+@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("path", type=click.Path(path_type=Path))
+def clone(source: Path, path: Path) -> None:
+    """Make a workspace at PATH with all models of the one at SOURCE."""
+    with _told():
+        _say(repr(dk.Workspace.clone(source, path).lineage.log(10)))
 
 
 @main.command()

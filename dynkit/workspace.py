@@ -50,6 +50,23 @@ class Workspace:
         self.models = ModelStore(self.catalog)
         self.lineage = Lineage(self.catalog, self.models, partial(Recipe, self.catalog))
 
+    @classmethod
+    def clone(cls, source: str | os.PathLike[str], path: str | os.PathLike[str]) -> "Workspace":
+        """Make a workspace with all models of another, which becomes its remote ``"origin"``; no datasets, no runs.
+
+        Parameters
+        ----------
+        source : path
+            Directory of a workspace.
+        path : path
+            Of the new one.
+        """
+        Catalog.existing(source)
+        new = cls(path)
+        new.lineage.add_remote("origin", Path(source))
+        new.lineage.pull("origin")
+        return new
+
     @property
     def path(self) -> Path:
         """The directory."""

@@ -66,7 +66,7 @@ def test_ancestors_and_versions_are_those_of_networkx_cycles_included(
     for kind, oracle in (("derived", derived), ("version", version)):
         oracle.add_nodes_from(range(n))
         oracle.add_edges_from(pair for pair, k in zip(pairs, kinds, strict=True) if k == kind)
-    ids = [ws.lineage.resolve(f"m{i}") for i in range(n)]
+    ids = [ws.models.resolve(f"m{i}") for i in range(n)]
     for i in range(n):
         assert ws.lineage.ancestors(f"m{i}") == {ids[j] for j in nx.ancestors(derived, i)}
         assert ws.lineage.descendants(ids[i]) == {ids[j] for j in nx.descendants(derived, i)}
@@ -87,7 +87,7 @@ def test_ancestors_and_versions_are_those_of_networkx_cycles_included(
 
 def test_the_common_ancestor_is_the_lowest_one(ws: dk.Workspace) -> None:
     planted(ws, [(0, 1), (1, 2), (1, 3), (2, 4), (5, 4)], 7, ["derived", "derived", "version", "derived", "derived"])
-    ids = [ws.lineage.resolve(f"m{i}") for i in range(7)]
+    ids = [ws.models.resolve(f"m{i}") for i in range(7)]
     assert ws.lineage.common_ancestor("m4", "m3") == ids[1]
     assert ws.lineage.common_ancestor("m0", "m4") == ids[0]
     assert ws.lineage.common_ancestor("m4", "m4") == ids[4]
@@ -99,15 +99,15 @@ def test_a_model_is_found_by_name_identity_or_its_beginning(
 ) -> None:
     model = ws.lineage.add(weights(0), name="base")
     other = ws.lineage.add(weights(1))
-    assert ws.lineage.resolve("base") == ws.lineage.resolve(model[:10]) == model
+    assert ws.models.resolve("base") == ws.models.resolve(model[:10]) == model
     with pytest.raises(NotFound, match="none has this name"):
         ws.lineage.ancestors("bases")
     shared = next(i for i in range(64) if model[i] != other[i])
     if shared:
         with pytest.raises(NotFound, match="more than one model begins"):
-            ws.lineage.resolve(model[:shared])
+            ws.models.resolve(model[:shared])
     with pytest.raises(NotFound):
-        ws.lineage.resolve("")
+        ws.models.resolve("")
 
 
 def test_a_run_leaves_its_whole_provenance(ws: dk.Workspace, dataset: dk.Dataset) -> None:
@@ -183,7 +183,7 @@ def test_a_name_moves_only_from_the_model_that_one_has_seen(ws: dk.Workspace) ->
         ws.lineage.name(a, "best", instead_of=a)
     with pytest.raises(Conflict, match="is free"):
         ws.lineage.name(a, "new", instead_of=b)
-    assert ws.lineage.resolve("best") == b
+    assert ws.models.resolve("best") == b
     with pytest.raises(Conflict):  # all or nothing
         ws.lineage.add(weights(7), name="best")
     assert len(ws.lineage.log()) == 2

@@ -1,5 +1,6 @@
 """The update cascade: a new version of a model reaches all that was made from the old one."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -133,8 +134,8 @@ def test_names_move_to_versions_that_pass_and_a_failure_stops_there(ws: dk.Works
     new = ws.lineage.add({"w": torch.full((2,), 5.0)}, version_of=base)
     done = ws.lineage.cascade("base", new, dry_run=False)
     assert {one.model: one.action for one in done.steps} == {good: "rebuild", bad: "rebuild", below: "stop"}
-    assert ws.lineage.resolve("good") == done.rebuilt[good]
-    assert ws.lineage.resolve("bad") == bad
+    assert ws.models.resolve("good") == done.rebuilt[good]
+    assert ws.models.resolve("bad") == bad
     assert (done.reports[good].passed, done.reports[bad].passed) == (True, False)
     assert ws.lineage.show("good").tags == ("small",)
     assert "failed" in repr(done)
@@ -164,6 +165,30 @@ def test_an_interrupted_cascade_goes_on_where_it_stopped(ws: dk.Workspace, monke
     done = ws.lineage.cascade(models[0], new, dry_run=False)
     assert len(made) == 3 + 2  # the first two were not made again
     assert len(done.rebuilt) == 4
+
+
+def test_models_that_were_made_together_are_made_together_again(ws: dk.Workspace, tmp_path: Path) -> None:
+    calls = tmp_path / "calls"
+    calls.write_text("")
+
+    def tasks(state: State, calls: Path = calls) -> dict[str, State]:
+        calls.write_text(calls.read_text() + "x")
+        body = state["w"] * 2
+        return {"a": {"w": body, "head": body[:1]}, "b": {"w": body, "head": body[1:]}}
+
+    base = ws.lineage.add({"w": torch.arange(2.0)})
+    group = ws.lineage.add_group(tasks, parents=[base], how="two heads")
+    assert group.keys() == {"a", "b"}
+    assert "two heads (a)" in str(ws.lineage.show(group["a"]).origins[0])
+    new = ws.lineage.add({"w": torch.arange(2.0) + 5}, version_of=base)
+    done = ws.lineage.cascade(base, new, dry_run=False)
+    assert {name: ws.models.load(done.rebuilt[model])["head"].tolist() for name, model in group.items()} == {
+        "a": [10.0],
+        "b": [12.0],
+    }
+    assert calls.read_text() == "xx"  # once for both, each time
+    with pytest.raises(InvalidInput, match="mapping of names"):
+        ws.lineage.add_group(lambda state: 3, parents=[base])
 
 
 def test_the_new_version_itself_is_not_rebuilt(ws: dk.Workspace) -> None:

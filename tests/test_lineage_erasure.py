@@ -143,7 +143,7 @@ def test_rebuilt_models_equal_training_from_scratch_and_nothing_is_left(
         stored = ws.models.load(model)
         assert all(stored[name].equal(value) for name, value in state.items())
     assert {old for old, new in zip(before, after, strict=True) if old != new} == affected == set(report.removed)
-    assert ws.lineage.resolve("best") == after[-1]
+    assert ws.models.resolve("best") == after[-1]
     card = ws.lineage.show("best")
     assert (card.tags, card.notes) == (("production",), ("keep",))
     assert ws.lineage.ancestors(after[-1]) == (set(after[:-1]) if warm else set())
@@ -175,10 +175,10 @@ def test_models_of_people_and_merges_are_made_anew_too(ws: dk.Workspace, dataset
     new = run.trained[1].model
     assert [one.model for one in run.trained] == [first, new, third]
     expected = {name: tensor / 2 for name, tensor in ws.models.load(new).items()}
-    made = ws.models.load("halved" if "halved" in expected else ws.lineage.resolve("halved"))
+    made = ws.models.load("halved" if "halved" in expected else ws.models.resolve("halved"))
     assert all(made[name].equal(tensor) for name, tensor in expected.items())
     assert ws.lineage.ancestors("halved") == {new}
-    assert ws.lineage.resolve("clean") == clean
+    assert ws.models.resolve("clean") == clean
 
 
 def test_a_model_without_a_recipe_is_removed_only_when_asked_to(ws: dk.Workspace, dataset: dk.Dataset) -> None:

@@ -57,7 +57,7 @@ def test_layers_that_do_not_see_each_other_merge_by_themselves(ws: dk.Workspace,
     merge = ws.lineage.merge(a, b, module=TwoHeads(), name="both")
     assert (merge.kind, merge.base, merge.changed) == ("no conflict", base, (("left",), ("right",)))
     expected = changed(changed(state, "left"), "right")
-    assert merge.model == ws.lineage.resolve("both")
+    assert merge.model == ws.models.resolve("both")
     assert all(ws.models.load(merge.model)[name].equal(value) for name, value in expected.items())
     assert set(ws.lineage.show("both").parents) == {base, a, b}
     assert "no conflict: merged as" in repr(merge) and "left" in merge._repr_html_()

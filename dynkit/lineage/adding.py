@@ -14,12 +14,12 @@ from dynkit.catalog import names, notes
 from dynkit.errors import Conflict, InvalidInput
 from dynkit.lineage import placing
 from dynkit.lineage.origins import Origin, insert_origin
-from dynkit.lineage.rebuilding import link, make
+from dynkit.lineage.rebuilding import as_group, as_state, call, link
 from dynkit.lineage.storing import put
 from dynkit.models import ModelStore, tensor_id
 from dynkit.policies import digest
 
-__all__ = ["Model", "add", "commit", "point", "state_of", "write_notes"]
+__all__ = ["Model", "add", "add_group", "commit", "point", "state_of", "write_notes"]
 
 State = Mapping[str, torch.Tensor]
 Model = torch.nn.Module | State | str | Path
@@ -39,7 +39,7 @@ def add(
     made = callable(model) and not isinstance(model, torch.nn.Module)
     if made:
         code = bytes(cloudpickle.dumps(model))
-        state: State = make(code, [store.load(parent) for parent in parents])
+        state: State = as_state(call(code, [store.load(parent) for parent in parents]))
     else:
         state = state_of(model)
     origin = Origin(
@@ -52,6 +52,19 @@ def add(
         created_ns=time.time_ns(),
     )
     return commit(store, state, origin, code=code, **place)
+
+
+def add_group(store: ModelStore, function: Callable[..., Any], parents: Sequence[str], *, how: str) -> dict[str, str]:
+    """Store what a function of the parents' states makes, each model with its name in the group in its recipe."""
+    code = bytes(cloudpickle.dumps(function))
+    started_s = time.perf_counter()
+    group = as_group(call(code, [store.load(parent) for parent in parents]))
+    seconds = (time.perf_counter() - started_s) / len(group)
+    base = Origin("", "made", tuple(parents), digest=digest(function), seconds=seconds, created_ns=time.time_ns())
+    return {
+        member: commit(store, state, replace(base, recipe={"how": f"{how} ({member})", "member": member}), code=code)
+        for member, state in group.items()
+    }
 
 
 def commit(

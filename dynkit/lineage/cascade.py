@@ -18,7 +18,7 @@ from dynkit.catalog import Catalog, names, notes, origins
 from dynkit.errors import InvalidInput
 from dynkit.html import duration
 from dynkit.lineage import testing
-from dynkit.lineage.display import Shown, short
+from dynkit.lineage.display import Shown, short, watched
 from dynkit.lineage.graph import acyclic, ages, all_edges, reachable
 from dynkit.lineage.origins import Origin, insert_origin, origins_of
 from dynkit.lineage.rebuilding import Built, Workshop, link
@@ -130,7 +130,7 @@ def carry_out(
     now = {planned.old: planned.new}
     failed: set[str] = set()
     steps, reports = [], {}
-    for step in planned.steps:
+    for step in watched(planned.steps, "rebuild"):
         origin = step.origin
         if step.action != "rebuild" or origin is None:
             steps.append(step)

@@ -2,14 +2,16 @@
 
 import datetime as dt
 import html as escaping
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
 
 from dynkit import html
+from dynkit.data.sources import progress_bar
 
-__all__ = ["Shown", "bytes_text", "cell", "instant", "short"]
+__all__ = ["Shown", "bytes_text", "cell", "instant", "short", "watched"]
 
 _MOST_ROWS = 60
+T = TypeVar("T")
 
 
 class Shown:
@@ -42,6 +44,14 @@ class Shown:
 
 def _more(rows: Sequence[Any]) -> list[str]:
     return [f"... and {len(rows) - _MOST_ROWS} more"] if len(rows) > _MOST_ROWS else []
+
+
+def watched(items: Sequence[T], what: str) -> Iterator[T]:
+    """Go through items with a bar and the time left, where somebody looks."""
+    with progress_bar(what, len(items), None) as done:
+        for item in items:
+            yield item
+            done(1)
 
 
 def cell(value: Any) -> str:

@@ -21,7 +21,7 @@ from dynkit.data import Dataset, as_keys
 from dynkit.errors import Conflict
 from dynkit.evaluation.matrix import rows_of
 from dynkit.html import duration
-from dynkit.lineage.display import Shown, short
+from dynkit.lineage.display import Shown, short, watched
 from dynkit.lineage.graph import reachable
 from dynkit.lineage.origins import Origin, origins_of
 from dynkit.lineage.rebuilding import Workshop, version_of
@@ -225,7 +225,7 @@ def _rebuild(catalog: Catalog, workshop: Workshop, planned: Erasure) -> list[Cha
         origins = origins_of(connection, set(affected))
     now: dict[tuple[str | None, str], str | None] = dict.fromkeys(((None, model) for model in blocked), None)
     changes = []
-    for origin in origins:
+    for origin in watched(origins, "rebuild"):
         at_last = [now.get((origin.run, p), now.get((None, p), p)) for p in origin.parents]
         parents = tuple(parent for parent in at_last if parent is not None)
         if parents == origin.parents and origin.training not in affected.trainings:

@@ -21,6 +21,7 @@ from dynkit.lineage import (
     listing,
     merging,
     placing,
+    remotes,
     structure,
     testing,
 )
@@ -35,6 +36,7 @@ from dynkit.lineage.merging import Merge
 from dynkit.lineage.operators import Operator
 from dynkit.lineage.placing import Placement
 from dynkit.lineage.rebuilding import Recipe, Workshop
+from dynkit.lineage.remotes import Transfer
 from dynkit.lineage.testing import ModelTest, TestReport
 from dynkit.models import ModelStore, manifest_id, tensor_id
 from dynkit.models.records import resolved
@@ -105,16 +107,6 @@ class Lineage:
         """Return the newest model that both come from, if any; one of the two counts."""
         with self._catalog.read() as connection:
             return graph.common_ancestor(connection, resolved(connection, a), resolved(connection, b))
-
-    def resolve(self, model: str) -> str:
-        """Return the identity of a model.
-
-        Raises
-        ------
-        NotFound
-        """
-        with self._catalog.read() as connection:
-            return resolved(connection, model)
 
     # ---- what is there ----
 
@@ -195,9 +187,30 @@ class Lineage:
         ------
         InvalidInput, NotFound, Conflict
         """
-        made_from = [self.resolve(parent) for parent in parents]
-        before = [] if version_of is None else [self.resolve(version_of)]
+        made_from = [self._store.resolve(parent) for parent in parents]
+        before = [] if version_of is None else [self._store.resolve(version_of)]
         return adding.add(self._store, model, made_from, before=before, how=how, name=name, tags=tags, note=note)
+
+    def add_group(
+        self, function: Callable[..., Any], *, parents: Sequence[str] = (), how: str = "made together"
+    ) -> dict[str, str]:
+        """Store models that are made together, such as tasks that share a body; an update makes all of them anew.
+
+        Parameters
+        ----------
+        function : callable
+            Of the parents' states; returns a mapping of any names to modules or states.
+        parents : sequence of str
+        how : str
+            How they were made, for people.
+
+        Returns
+        -------
+        dict
+            The names, and the models' identities.
+        """
+        made_from = [self._store.resolve(parent) for parent in parents]
+        return adding.add_group(self._store, function, made_from, how=how)
 
     def name(self, model: str, name: str, *, instead_of: str | None = None) -> None:
         """Give a model a name, or move a name to it.
@@ -252,7 +265,7 @@ class Lineage:
         at_least : float or None
             A number passes from here on.
         """
-        chosen = tuple(self.resolve(model) for model in models)
+        chosen = tuple(self._store.resolve(model) for model in models)
         options = {"pattern": pattern, "tag": tag, "dataset": dataset, "at_least": at_least}
         test = testing.as_test(function, name, models=chosen, **options)
         with self._catalog.write() as connection:
@@ -311,7 +324,7 @@ class Lineage:
             How often to train at most.
         """
         chosen = self._test(test)
-        failing = self.resolve(model)
+        failing = self._store.resolve(model)
         return blamed(self._catalog, self._store, self._workshop, chosen, failing, trainings)
 
     def _test(self, test: str | Callable[..., Any]) -> ModelTest:
@@ -366,7 +379,7 @@ class Lineage:
         Conflict
             When there is no common ancestor.
         """
-        models = tuple(self.resolve(one) for one in (a, b, *more))
+        models = tuple(self._store.resolve(one) for one in (a, b, *more))
         return merging.merge(self._catalog, self._store, self._workshop, models, operator, module, name)
 
     # ---- updates ----
@@ -452,6 +465,29 @@ class Lineage:
                 f"the workspace has {len(known)} datasets; say which: dataset=, one of {', '.join(known)}"
             )
         return Dataset(self._catalog, known[0] if name is None else name)
+
+    # ---- other workspaces ----
+
+    def add_remote(self, name: str, path: str | Path) -> None:
+        """Remember another workspace, given by its directory, to push to and pull from; an earlier one is replaced."""
+        remotes.add_remote(self._catalog, name, Path(path))
+
+    def push(self, remote: str = "origin", models: str | Iterable[str] | None = None) -> Transfer:
+        """Copy to a remote what it lacks: models with all they come from, and names, where they moved on only here.
+
+        Parameters
+        ----------
+        remote : str
+        models : str, iterable of str or None
+            None: all.
+        """
+        wanted = [models] if isinstance(models, str) else models
+        return remotes.transfer(self._catalog, remotes.open_remote(self._catalog, remote), wanted)
+
+    def pull(self, remote: str = "origin", models: str | Iterable[str] | None = None) -> Transfer:
+        """Copy from a remote what is not here, as `push` does; its names are kept as ``<remote>/<name>``, too."""
+        wanted = [models] if isinstance(models, str) else models
+        return remotes.transfer(remotes.open_remote(self._catalog, remote), self._catalog, wanted, prefix=remote)
 
     # ---- where a model belongs ----
 

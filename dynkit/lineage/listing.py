@@ -108,12 +108,11 @@ def search(connection: sa.Connection, text: str | None, tag: str | None, run: st
     """List the models for which all that is given holds; `text` is in a name, a tag, a note or begins the identity."""
     chosen: list[Any] = []
     if text is not None:
-        like = f"%{text}%"
         chosen.append(
             sa.union(
                 sa.select(models.c.id).where(models.c.id.startswith(text, autoescape=True)),
-                sa.select(names.c.model).where(names.c.name.like(like)),
-                sa.select(notes.c.model).where(notes.c.text.like(like)),
+                sa.select(names.c.model).where(names.c.name.contains(text, autoescape=True)),
+                sa.select(notes.c.model).where(notes.c.text.contains(text, autoescape=True)),
             )
         )
     if tag is not None:

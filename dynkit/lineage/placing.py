@@ -17,7 +17,7 @@ from blake3 import blake3
 
 from dynkit.catalog import Catalog, models, sketches, structures, tokens
 from dynkit.data.hashing import mix
-from dynkit.lineage.display import Shown, short
+from dynkit.lineage.display import Shown, short, watched
 from dynkit.models import ModelStore, tensor_id
 
 __all__ = ["Candidate", "Placement", "catch_up", "index", "place", "slots_of"]
@@ -141,7 +141,7 @@ def catch_up(catalog: Catalog, store: ModelStore) -> int:
     with catalog.read() as connection:
         query = sa.select(models.c.id).where(models.c.id.not_in(sa.select(sketches.c.model)))
         left = list(connection.scalars(query))
-    for model in left:
+    for model in watched(left, "index models"):
         state, manifest = store.load(model), store.manifest(model)
         with catalog.write() as connection:
             index(connection, model, state, manifest)

@@ -29,7 +29,7 @@ from dynkit.models import ModelStore
 from dynkit.time import IntArray
 from dynkit.types import Window
 
-__all__ = ["Built", "Recipe", "Workshop", "link", "make", "version_of"]
+__all__ = ["Built", "Recipe", "Workshop", "as_group", "as_state", "call", "link", "version_of"]
 
 State = dict[str, torch.Tensor]
 
@@ -83,13 +83,24 @@ def version_of(dataset: Dataset, number: int) -> Dataset:
         return dataset.at(min(one.number for one in dataset.versions() if one.number >= number))
 
 
-def make(code: bytes, parents: Iterable[State]) -> State:
+def call(code: bytes, parents: Iterable[State]) -> Any:
     """Call the pickled function of an origin."""
-    made = cloudpickle.loads(code)(*parents)
+    return cloudpickle.loads(code)(*parents)
+
+
+def as_state(made: Any) -> State:
+    """Return the tensors of what a function made."""
     state = made.state_dict() if isinstance(made, torch.nn.Module) else made
     if not isinstance(state, Mapping):
         raise InvalidInput(f"the function that makes a model returned {type(made).__name__}; expected a state dict")
     return dict(state)
+
+
+def as_group(made: Any) -> dict[str, State]:
+    """Return the members of what a function made."""
+    if not isinstance(made, Mapping) or not made or not all(isinstance(name, str) for name in made):
+        raise InvalidInput("the function of a group must return a mapping of names to modules or state dicts")
+    return {name: as_state(one) for name, one in made.items()}
 
 
 class Workshop:
@@ -156,16 +167,26 @@ class Workshop:
         return None if row is None else Built(row.model, selection, samples, row.seconds, row.details)
 
     def _made(self, identity: str, origin: Origin, parents: tuple[str, ...]) -> Built:
-        """Merge, or call the function that somebody gave."""
+        """Merge, or call the function that somebody gave; of a group, all members come out at once."""
         started_s = time.perf_counter()
         states = [self._store.load(parent) for parent in parents]
         if origin.how == "merged":
-            state = merged(origin.recipe, states)
+            group: dict[str | None, State] = {None: merged(origin.recipe, states)}
         else:
             with self._catalog.read() as connection:
                 code = connection.scalar(sa.select(origins.c.code).where(origins.c.id == origin.number))
-            state = make(bytes(code or b""), states)
-        return self._remember(identity, parents, state, Built("", "", 0, time.perf_counter() - started_s, {}))
+            made = call(bytes(code or b""), states)
+            group = dict(as_group(made).items()) if "member" in origin.recipe else {None: as_state(made)}
+        member = origin.recipe.get("member")
+        if member not in group:
+            raise InvalidInput(f"the function of the group does not make {member!r} any more, only {list(group)}")
+        seconds = (time.perf_counter() - started_s) / len(group)
+        built = {}
+        for name, state in group.items():
+            other = replace(origin, recipe={**origin.recipe, "member": name})
+            key = identity if name == member else _identity(other, parents, "")
+            built[name] = self._remember(key, parents, state, Built("", "", 0, seconds, {}))
+        return built[member]
 
     def train(self, origin: Origin, parents: tuple[str, ...], chosen: pl.DataFrame) -> Any:
         """Train as the run did; the outcome is not stored."""
@@ -194,5 +215,6 @@ class Workshop:
 
 def _identity(origin: Origin, parents: tuple[str, ...], selection: str) -> str:
     """Identity of what is done: code, which trigger, parents in their order, samples."""
-    what = [origin.how if origin.training is None else "trained", origin.digest, origin.index, parents, selection]
+    how = "trained" if origin.training is not None else origin.how
+    what = [how, origin.digest, origin.index, origin.recipe.get("member"), parents, selection]
     return blake3(json.dumps(what).encode()).hexdigest()

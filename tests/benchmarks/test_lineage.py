@@ -3,6 +3,9 @@
 ``make bench`` prints the table. Each model has one parent among the hundred before it, or none, and is the next
 version of one of them now and then; models are rows of the catalog without tensors of their own, except that each is
 indexed for placement with a state of 20 tensors. Opening means: a new process's workspace answers its first question.
+
+The quickstart's four runs forget three flights: what that takes, that the models are those of a workspace that never had
+these flights, and that nothing of them is left.
 """
 
 import time
@@ -10,15 +13,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import nbformat
 import networkx as nx
 import numpy as np
+import polars as pl
 import pytest
 import sqlalchemy as sa
 import torch
 
 import dynkit as dk
 from dynkit.catalog import edges, models
+from dynkit.data import Batches
 from dynkit.lineage import placing
+from dynkit.training import FitContext, fit, seeded
 
 
 def grown(path: Path, n: int) -> tuple[dk.Workspace, list[str]]:
@@ -113,3 +120,123 @@ def test_placement_among_ten_thousand_models(tmp_path: Path) -> None:
     print(f"parent first {right}/30; indexing {index_s / n * 1000:.2f} ms a model")
     assert max(times) < 1.0
     assert right >= 28
+
+
+NOTEBOOK = Path(__file__).parents[2] / "notebooks/01_quickstart.ipynb"
+START = "2013-01-01T05:00"
+
+
+def quickstart(ws: dk.Workspace) -> tuple[dk.Dataset, Any, list[dk.Pipeline]]:
+    """The quickstart's dataset, model and pipelines."""
+    names: dict[str, Any] = {"__name__": "__main__"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DYNKIT_WORKSPACE", str(ws.path))
+        for cell in nbformat.read(NOTEBOOK, as_version=4).cells:
+            if cell.cell_type == "code" and not cell.source.startswith("%%pipeline"):
+                exec(cell.source.replace("%load_ext dynkit", ""), names)
+            elif cell.cell_type == "code":
+                break
+    for cell in nbformat.read(NOTEBOOK, as_version=4).cells:
+        if cell.cell_type == "code" and "def after_january" in cell.source:
+            exec(cell.source, names)
+
+    def pipeline(name: str, trigger: Any, selection: Any, *, warm_start: bool = False) -> dk.Pipeline:
+        return dk.Pipeline(
+            name=name,
+            dataset=names["stream"],
+            model=names["make_model"],
+            trigger=trigger,
+            selection=selection,
+            training=dk.Training(epochs=2, batch_size=512, lr=2e-3, warm_start=warm_start, device="cpu"),
+            evaluation=dk.Evaluation(windows=dk.windows.Tumbling("1mo", start=START), metrics=["roc_auc", "accuracy"]),
+            seed=1,
+        )
+
+    monthly = dk.triggers.Time("1mo", start=START)
+    return (
+        names["stream"],
+        names["make_model"],
+        [
+            pipeline("once", names["after_january"], dk.selection.New()),
+            pipeline("monthly", monthly, dk.selection.All()),
+            pipeline("every-25000", dk.triggers.Amount(25000), dk.selection.New(), warm_start=True),
+            pipeline("monthly-half", monthly, dk.selection.Random(fraction=0.5)),
+        ],
+    )
+
+
+def never_had(ws: dk.Workspace, stream: dk.Dataset, erased: list[int]) -> tuple[dk.Dataset, np.ndarray]:
+    """A dataset without some samples, and what became of the keys."""
+    table = stream.table().filter(~pl.col("key").is_in(erased)).sort("key")
+    samples = stream.read(table["key"])
+    clean = ws.create_dataset("clean", fields={"x": ("float32", tuple(samples["x"].shape[1:]))}, label="int64")
+    timestamps = table["timestamp"].to_physical().to_numpy()
+    new = clean.append(x=samples["x"].numpy(), timestamp=timestamps, label=samples["label"].long().numpy())
+    mapped = np.full(int(table["key"].max()) + 1, -1)
+    mapped[table["key"].to_numpy().astype(np.int64)] = new.astype(np.int64)
+    return clean, mapped
+
+
+def found_in(folder: Path, patterns: list[bytes]) -> list[str]:
+    contents = ((path, path.read_bytes()) for path in folder.rglob("*") if path.is_file())
+    return [str(path) for path, content in contents if any(pattern in content for pattern in patterns)]
+
+
+@pytest.mark.timeout(1800)
+def test_the_quickstart_forgets_three_flights(tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    ws = dk.Workspace(tmp_path / "ws")
+    stream, make_model, pipelines = quickstart(ws)
+    train_s, runs = timed(lambda: [ws.run(list(pipeline.replay())[-1].run) for pipeline in pipelines])
+    keys = stream.keys().astype(np.int64)
+    erased = sorted(int(key) for key in (keys[1000], keys[100_000], keys[200_000]))
+    rows = stream.read(erased)["x"].numpy()
+    patterns = [row.tobytes() for row in rows]
+    assert found_in(ws.path, patterns)
+
+    selections = {(run.id, one.index): run.selection(one.index) for run in runs for one in run.trained}
+    before = {(run.id, one.index): one.model for run in runs for one in run.trained}
+    direct = {before[key] for key, chosen in selections.items() if chosen["key"].is_in(erased).any()}
+    oracle = nx.DiGraph((a, b) for a, b, kind in ws.lineage.to_networkx().edges(keys=True) if kind == "derived")
+    brute_force = direct.union(*(nx.descendants(oracle, model) for model in direct if model in oracle))
+    find_s, affected = timed(lambda: ws.lineage.affected_by(erased))
+    assert set(affected) == brute_force
+
+    clean, mapped = never_had(dk.Workspace(tmp_path / "clean"), stream, erased)
+    states = {model: ws.models.load(model) for model in brute_force}
+    planned = ws.lineage.erase(erased)
+    erase_s, report = timed(lambda: ws.lineage.erase(erased, dry_run=False))
+    assert report.done, report
+    cpu, equal = torch.device("cpu"), 0
+    for run, pipeline in zip(runs, pipelines, strict=True):
+        state = None
+        for one in run.trained:
+            chosen = selections[run.id, one.index].filter(~pl.col("key").is_in(erased))
+            seed = int(np.random.SeedSequence([1, one.index]).generate_state(1)[0])
+            with seeded(seed):
+                module = make_model()
+                if pipeline.training.warm_start and state is not None:
+                    module.load_state_dict(state)
+                options: dict[str, Any] = {
+                    "batch_size": 512,
+                    "device": cpu,
+                    "shuffle": True,
+                    "seed": seed,
+                    "last": "join",
+                }
+                batches = Batches(clean.open(), mapped[chosen["key"].to_numpy().astype(np.int64)], **options)
+                fit(module, batches, FitContext(pipeline.training, cpu))
+            state = {name: value.clone() for name, value in module.state_dict().items()}
+            stored = ws.models.load(one.model)
+            assert all(stored[name].equal(value) for name, value in state.items()), (run.name, one.index)
+            equal += 1
+    kept = {model for run in runs for one in run.trained for model in [one.model]}
+    new_tensors = {tensor for model in kept for tensor in ws.models.manifest(model).values()}
+    tainted = [t.numpy().tobytes() for model in set(report.removed) for t in states[model].values() if t.numel() > 8]
+    assert new_tensors and not found_in(ws.path, [*patterns, *tainted])
+    print(
+        f"\n{len(before)} models of 4 runs ({train_s:.1f} s to replay), {len(affected)} learned from 3 of {len(keys)} flights"
+    )
+    print(
+        f"found in {find_s * 1000:.0f} ms; estimated {planned.estimated_s:.1f} s, erased in {erase_s:.1f} s; {equal} equal"
+    )

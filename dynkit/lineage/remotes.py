@@ -1,0 +1,268 @@
+"""Share models between workspaces: a remote is the directory of another workspace.
+
+Only what the other side lacks is copied, parents first, each model with its origin, edges, tags and notes in one
+transaction: an interrupted transfer leaves whole models, and the next one goes on. The tensors are checked against
+their identities on arrival, and stored there as differences from what is there. Histories that went apart are united as
+graphs; a name moves only to a model that comes from the one that it means, else it is reported and stays.
+
+A pull also keeps the names of the other side as ``<remote>/<name>``. Functions that made models travel with them and,
+as everywhere, run only when somebody asks to build or test.
+"""
+
+import dataclasses
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+import torch
+
+from dynkit.catalog import Catalog, edges, models, names, notes, origins, remotes, results, tests
+from dynkit.errors import Conflict, InvalidInput, NotFound, StorageError, did_you_mean
+from dynkit.lineage.display import Shown, bytes_text, short, watched
+from dynkit.lineage.graph import KINDS, all_edges, in_order, reachable
+from dynkit.lineage.origins import Origin, insert_origin, origins_of
+from dynkit.lineage.storing import put, stored_tensors
+from dynkit.models import ModelStore
+from dynkit.models.records import resolved
+
+__all__ = ["Transfer", "add_remote", "open_remote", "transfer"]
+
+_FEW = 500  # ids that one query may list
+
+
+@dataclass(frozen=True, repr=False)
+class Transfer(Shown):
+    """What a push or pull did.
+
+    Parameters
+    ----------
+    source, target : path
+    models : tuple of str
+        That were copied.
+    known : int
+        Models that were there already.
+    size_bytes : int
+        Of the tensors that were not there.
+    edges : int
+        New ones.
+    names : dict
+        Name to (model before, model after) of those that moved.
+    rejected : dict
+        Name to (model there, model here) of those that went apart.
+    """
+
+    source: Path
+    target: Path
+    models: tuple[str, ...]
+    known: int
+    size_bytes: int
+    edges: int
+    names: dict[str, tuple[str | None, str]]
+    rejected: dict[str, tuple[str, str]]
+
+    def parts(self) -> tuple[str, Sequence[str], Sequence[str], Sequence[Sequence[Any]]]:
+        """See `Shown`."""
+        facts = [f"from {self.source}", f"to {self.target}", f"{self.known} were there, {self.edges} new edges"]
+        if self.rejected:
+            facts.append("names that went apart stay; merge the two models and give the result the name")
+        rows = [
+            *(("moved", name, short(old), short(new)) for name, (old, new) in self.names.items()),
+            *(("apart", name, short(old), short(new)) for name, (old, new) in self.rejected.items()),
+        ]
+        title = f"{len(self.models)} models, {bytes_text(self.size_bytes)} of tensors"
+        return title, facts, ("", "name", "there", "offered"), rows
+
+
+def add_remote(catalog: Catalog, name: str, path: Path) -> None:
+    """Remember a workspace by a name.
+
+    Raises
+    ------
+    InvalidInput, NotFound
+    """
+    if not name or "/" in name:
+        raise InvalidInput(f"remote name {name!r} must be text without '/', such as 'origin'")
+    Catalog.existing(path)
+    with catalog.write() as connection:
+        row = {"name": name, "url": str(path.expanduser().resolve())}
+        connection.execute(sa.insert(remotes).prefix_with("OR REPLACE"), row)
+
+
+def open_remote(catalog: Catalog, name: str) -> Catalog:
+    """Open a remote.
+
+    Raises
+    ------
+    NotFound
+    """
+    with catalog.read() as connection:
+        known = {row.name: row.url for row in connection.execute(sa.select(remotes))}
+    if name not in known:
+        raise NotFound(f"no remote {name!r}{did_you_mean(name, known)}; ws.lineage.add_remote(name, path) adds one")
+    return Catalog.existing(known[name])
+
+
+def transfer(source: Catalog, target: Catalog, wanted: Iterable[str] | None, *, prefix: str | None = None) -> Transfer:
+    """Copy models with all they come from, and unite the graphs.
+
+    Parameters
+    ----------
+    source, target : Catalog
+    wanted : iterable of str or None
+        Models or names; None: all.
+    prefix : str or None
+        Also keep the names of the source behind this.
+    """
+    if source.root == target.root:
+        raise Conflict(f"{source.root} is this workspace itself")
+    here, there = ModelStore(source), ModelStore(target)
+    with source.read() as connection:
+        every = set(connection.scalars(sa.select(models.c.id)))
+        if wanted is not None:
+            given = {resolved(connection, model) for model in wanted}
+            every = given | reachable(connection, given, up=True, kinds=KINDS)
+        order = in_order(connection, every)
+        parents: dict[str, list[str]] = {model: [] for model in order}
+        for parent, child in all_edges(connection, ("derived",), within=every):
+            parents[child].append(parent)
+    with target.read() as connection:
+        known = every & set(connection.scalars(sa.select(models.c.id)))
+    stored = stored_tensors(target)
+    size_bytes = n_edges = 0
+    missing = [model for model in order if model not in known]
+    for model in watched(missing, "copy models"):
+        state, manifest = here.load(model), here.manifest(model)
+        new = {identity: name for name, identity in manifest.items() if identity not in stored}
+        size_bytes += sum(state[name].nbytes for name in new.values())
+        stored |= new.keys()
+        n_edges += _copy(there, model, state, _facts(source, {model}), [p for p in parents[model] if p in known])
+        known.add(model)
+    facts = _facts(source, every)
+    with target.write() as connection:
+        n_edges += _write(connection, facts)
+        _copy_tests(connection, source)
+        moved, apart = _move_names(connection, facts.names, prefix)
+    there_before = len(every) - len(missing)
+    return Transfer(source.root, target.root, tuple(missing), there_before, size_bytes, n_edges, moved, apart)
+
+
+def _copy(
+    store: ModelStore, model: str, state: dict[str, torch.Tensor], facts: "_Facts", parents: Sequence[str]
+) -> int:
+    """Store a model with what belongs to it; return the number of its edges."""
+    written: list[int] = []
+
+    def also(connection: sa.Connection, arrived: str) -> None:
+        if arrived != model:
+            raise StorageError(
+                f"model {model[:12]} arrived as {arrived[:12]}; run ws.models.fsck(deep=True) where it is"
+            )
+        values = {"created_ns": facts.ages[model]}
+        connection.execute(sa.update(models).where(models.c.id == model).values(**values))
+        written.append(_write(connection, facts))
+
+    put(store, state, also, parents)
+    return written[-1]
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What belongs to some models besides tensors."""
+
+    ages: dict[str, int]
+    edges: list[dict[str, Any]]
+    notes: list[dict[str, Any]]
+    origins: list[tuple[Origin, bytes | None]]
+    results: list[dict[str, Any]]
+    names: dict[str, str]
+
+
+def _facts(catalog: Catalog, some: set[str]) -> _Facts:
+    with catalog.read() as connection:
+
+        def rows(table: sa.Table, column: Any, *conditions: Any) -> list[dict[str, Any]]:
+            query = sa.select(table).where(*conditions)
+            if len(some) == 1:
+                query = query.where(column.in_(some))
+            return [row._asdict() for row in connection.execute(query) if row._asdict()[column.name] in some]
+
+        codes = {row["id"]: row["code"] for row in rows(origins, origins.c.model)}
+        return _Facts(
+            {row["id"]: row["created_ns"] for row in rows(models, models.c.id)},
+            rows(edges, edges.c.child),
+            rows(notes, notes.c.model),
+            [(one, codes.get(one.number)) for one in origins_of(connection, some)],
+            rows(results, results.c.model, results.c.dataset_version == 0),  # versions of datasets differ elsewhere
+            {row["name"]: row["model"] for row in rows(names, names.c.model) if "/" not in row["name"]},
+        )
+
+
+def _write(connection: sa.Connection, facts: _Facts) -> int:
+    """Add what is not there; return the number of new edges."""
+    ends = {row[end] for row in facts.edges for end in ("parent", "child")}
+    some = models.c.id.in_(ends) if len(ends) <= _FEW else sa.true()
+    there = set(connection.scalars(sa.select(models.c.id).where(some)))
+    new = 0
+    for row in facts.edges:
+        if row["parent"] in there and row["child"] in there:
+            new += connection.execute(sa.insert(edges).prefix_with("OR IGNORE"), row).rowcount
+    for table, rows in ((notes, facts.notes), (results, facts.results)):
+        if rows:
+            connection.execute(sa.insert(table).prefix_with("OR IGNORE"), rows)
+    known = {_key(form) for one in origins_of(connection, set(facts.ages)) for form in (one, _told(one))}
+    for one, code in facts.origins:
+        told = _told(one)
+        if _key(one) not in known and _key(told) not in known:
+            insert_origin(connection, told, code)
+            known.add(_key(told))
+    return new
+
+
+def _told(origin: Origin) -> Origin:
+    """Return an origin as another workspace keeps it: a run stays where it is, what it was is told."""
+    if origin.training is None:
+        return origin
+    day = time.strftime("%Y-%m-%d", time.gmtime(origin.created_ns / 1e9))
+    recipe = {"how": f"{origin} on {day}", "pipeline": origin.recipe, "seed": origin.seed}
+    return dataclasses.replace(origin, how="pulled", run=None, index=None, recipe=recipe)
+
+
+def _key(origin: Origin) -> tuple[Any, ...]:
+    return origin.model, origin.how, origin.parents, origin.training, origin.digest
+
+
+def _copy_tests(connection: sa.Connection, source: Catalog) -> None:
+    """Take over tests whose names are free."""
+    with source.read() as other:
+        rows = [row._asdict() for row in other.execute(sa.select(tests))]
+    if rows:
+        connection.execute(sa.insert(tests).prefix_with("OR IGNORE"), rows)
+
+
+def _move_names(
+    connection: sa.Connection, offered: dict[str, str], prefix: str | None
+) -> tuple[dict[str, tuple[str | None, str]], dict[str, tuple[str, str]]]:
+    """Compare and swap, in the transaction: a free name is taken, one that means an ancestor moves."""
+    moved: dict[str, tuple[str | None, str]] = {}
+    apart: dict[str, tuple[str, str]] = {}
+    holders = {row.name: row.model for row in connection.execute(sa.select(names))}
+
+    def give(name: str, model: str) -> None:
+        row = {"name": name, "model": model, "changed_ns": time.time_ns()}
+        connection.execute(sa.insert(names).prefix_with("OR REPLACE"), row)
+
+    for name, model in offered.items():
+        if prefix is not None and holders.get(f"{prefix}/{name}") != model:
+            give(f"{prefix}/{name}", model)
+        holder = holders.get(name)
+        if holder == model:
+            continue
+        if holder is None or holder in reachable(connection, [model], up=True, kinds=KINDS):
+            give(name, model)
+            moved[name] = holder, model
+        elif model not in reachable(connection, [holder], up=True, kinds=KINDS):
+            apart[name] = holder, model
+    return moved, apart

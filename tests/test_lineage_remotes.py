@@ -1,0 +1,171 @@
+"""Workspaces that share models: only what is missing travels, histories unite, names move by compare-and-swap."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from streams import make_pipeline, replayed
+
+import dynkit as dk
+from dynkit.errors import Conflict, InvalidInput, NotFound
+from dynkit.lineage import Mean
+
+
+def big(seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {"body": torch.randn(100, 100, generator=generator), "head": torch.randn(10, generator=generator)}
+
+
+@pytest.fixture
+def shared(tmp_path: Path) -> dk.Workspace:
+    ws = dk.Workspace(tmp_path / "shared")
+    base = ws.lineage.add(big(0), name="main", tags=["x"], note="start")
+    ws.lineage.add({**big(0), "head": torch.zeros(10)}, parents=[base], name="side")
+    return ws
+
+
+def edges(ws: dk.Workspace) -> set[tuple[str, str, str]]:
+    return set(ws.lineage.to_networkx().edges(keys=True))
+
+
+def test_a_clone_has_all_models_with_what_belongs_to_them(shared: dk.Workspace, tmp_path: Path) -> None:
+    shared.lineage.register(lambda state: float(state["head"].sum()), name="sum")
+    shared.lineage.test()
+    mine = dk.Workspace.clone(shared.path, tmp_path / "mine")
+    assert edges(mine) == edges(shared)
+    for name in ("main", "side"):
+        model = shared.models.resolve(name)
+        assert mine.models.resolve(name) == mine.models.resolve(f"origin/{name}") == model
+        ours, theirs = mine.models.load(model), shared.models.load(model)
+        assert all(ours[key].equal(theirs[key]) for key in theirs)
+        a, b = mine.lineage.show(model), shared.lineage.show(model)
+        assert (a.created_ns, a.tags, a.notes, str(a.origins[0])) == (b.created_ns, b.tags, b.notes, str(b.origins[0]))
+    assert all(one.remembered for one in mine.lineage.test(tests="sum"))
+    assert mine.models.fsck(deep=True) == []
+
+
+def test_only_what_is_missing_travels(shared: dk.Workspace, tmp_path: Path) -> None:
+    mine = dk.Workspace.clone(shared.path, tmp_path / "mine")
+    again = mine.lineage.pull()
+    assert (again.models, again.size_bytes, again.edges, again.names) == ((), 0, 0, {})
+    child = mine.lineage.add({**big(0), "head": torch.ones(10)}, parents=["main"], name="mine")
+    mine.lineage.add(big(7), name="private")
+    pushed = mine.lineage.push(models="mine")
+    assert pushed.models == (child,)
+    assert pushed.size_bytes == 40  # the head; the body is there
+    assert pushed.known == 1 and pushed.edges == 1
+    assert pushed.names == {"mine": (None, child)}
+    assert "1 models, 40 B of tensors" in repr(pushed) and "moved" in pushed._repr_html_()
+    assert shared.lineage.ancestors("mine") == {shared.models.resolve("main")}
+    with pytest.raises(NotFound):
+        shared.models.resolve("private")
+
+
+def test_a_name_moves_on_but_never_away_from_work_that_is_not_here(shared: dk.Workspace, tmp_path: Path) -> None:
+    a, b = (dk.Workspace.clone(shared.path, tmp_path / name) for name in "ab")
+    base = shared.models.resolve("main")
+    ours, theirs = (
+        ws.lineage.add({**big(0), "head": torch.full((10,), value)}, parents=["main"], version_of="main")
+        for ws, value in ((a, 1.0), (b, 2.0))
+    )
+    a.lineage.name(ours, "main", instead_of=base)
+    b.lineage.name(theirs, "main", instead_of=base)
+    assert a.lineage.push().names == {"main": (base, ours)}
+    late = b.lineage.push()
+    assert (late.names, late.rejected) == ({}, {"main": (ours, theirs)})
+    assert "went apart" in repr(late)
+    assert shared.models.resolve("main") == ours
+    assert theirs in {entry.model for entry in shared.lineage.log()}  # the graph is united all the same
+    pulled = b.lineage.pull()
+    assert b.models.resolve("main") == theirs and b.models.resolve("origin/main") == ours
+    assert pulled.rejected == {"main": (theirs, ours)}
+    merged = b.lineage.merge("main", "origin/main", operator=Mean(), name="main").model
+    assert b.lineage.push().names == {"main": (ours, merged)}
+    assert a.lineage.pull().names["main"] == (ours, merged)
+    assert edges(a) == edges(b) == edges(shared)
+    behind = dk.Workspace(tmp_path / "b").lineage.push()
+    assert behind.names == behind.rejected == {}
+
+
+def test_models_of_runs_tell_where_they_come_from(ws: dk.Workspace, dataset: dk.Dataset, tmp_path: Path) -> None:
+    run = replayed(make_pipeline(dataset))
+    mine = dk.Workspace.clone(ws.path, tmp_path / "mine")
+    model = run.trained[2].model
+    (origin,) = mine.lineage.show(model).origins
+    assert origin.how == "pulled" and origin.parents == (run.trained[1].model,)
+    assert f"trained by run {run.id} at trigger 2" in str(origin)
+    assert origin.recipe["pipeline"]["trigger"] == {"amount": {"n": 500}}
+    assert mine.lineage.ancestors(model) == ws.lineage.ancestors(model)
+    ws.lineage.add_remote("copy", mine.path)
+    ws.lineage.pull("copy")
+    assert [one.how for one in ws.lineage.show(model).origins] == ["trained"]  # nothing that is told comes back
+
+
+def test_a_function_that_made_a_model_travels_with_it(shared: dk.Workspace, tmp_path: Path) -> None:
+    made = shared.lineage.add(lambda state: {"body": state["body"] * 2}, parents=["main"], name="made")
+    mine = dk.Workspace.clone(shared.path, tmp_path / "mine")
+    new = mine.lineage.add(big(3), version_of="main")
+    done = mine.lineage.cascade("main", new, dry_run=False)
+    assert mine.models.load(done.rebuilt[made])["body"].equal(big(3)["body"] * 2)
+
+
+def test_wrong_remotes_are_refused(shared: dk.Workspace, tmp_path: Path) -> None:
+    with pytest.raises(NotFound, match="no workspace at"):
+        shared.lineage.add_remote("origin", tmp_path / "nothing")
+    with pytest.raises(NotFound, match="no workspace at"):
+        dk.Workspace.clone(tmp_path / "nothing", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(NotFound, match="add_remote"):
+        shared.lineage.push()
+    with pytest.raises(InvalidInput, match="without '/'"):
+        shared.lineage.add_remote("a/b", shared.path)
+    shared.lineage.add_remote("self", shared.path)
+    with pytest.raises(Conflict, match="itself"):
+        shared.lineage.push("self")
+
+
+# Forks a child for every line it reads, lets it push for so many seconds and kills it: it need not import anything.
+PUSHES = """
+import os, signal, sys, time
+from dynkit.workspace import Workspace
+for line in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        Workspace(sys.argv[1]).lineage.push()
+        os._exit(0)
+    time.sleep(float(line))
+    os.kill(child, signal.SIGKILL)
+    print(os.waitpid(child, 0)[1] == signal.SIGKILL, flush=True)
+"""
+
+
+def test_a_push_that_is_killed_leaves_whole_models_and_the_next_one_goes_on(tmp_path: Path) -> None:
+    source, target = dk.Workspace(tmp_path / "source"), dk.Workspace(tmp_path / "target")
+    last: list[str] = []
+    for i in range(60):
+        last = [source.lineage.add(big(i), parents=last[-1:], name=f"m{i}")]
+    source.lineage.add_remote("origin", target.path)
+    rng = np.random.default_rng(0)
+    sizes = [0]
+    command = [sys.executable, "-c", PUSHES, str(source.path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None and process.stdout is not None
+        for _ in range(12):
+            process.stdin.write(f"{rng.uniform(0.02, 0.4)}\n")
+            process.stdin.flush()
+            killed = process.stdout.readline()
+            sizes.append(len(target.models))
+            if sizes[-1] > sizes[-2]:
+                assert target.models.fsck(deep=True) == []
+                for model in target.models:
+                    assert target.lineage.show(model).parents == source.lineage.show(model).parents
+            if killed == "False\n":
+                break
+        process.stdin.close()
+    assert sizes == sorted(sizes) and len({n for n in sizes if 0 < n < 60}) >= 2
+    source.lineage.push()
+    assert edges(target) == edges(source)
+    assert target.models.resolve("m59") == last[0]
