@@ -27,7 +27,7 @@ from dynkit.lineage.origins import Origin, origins_of
 from dynkit.lineage.rebuilding import Workshop, version_of
 from dynkit.lineage.replacing import Change, replace_models
 from dynkit.lineage.samples import read_selection, rewrite_selections, uses
-from dynkit.lineage.storing import free, stored_tensors
+from dynkit.lineage.storing import free
 from dynkit.models import ModelStore
 from dynkit.time import IntArray
 from dynkit.types import Window
@@ -195,7 +195,7 @@ def erase(
     if len(left):
         dataset.delete(left)
     dataset.compact(erase=True)
-    free(catalog, store, tainted - _manifests(catalog, store))
+    free(store, tainted - _manifests(catalog, store))
     catalog.scrub()
     return Erasure(
         affected,
@@ -284,7 +284,7 @@ def _checks(
         "samples listed in selections": listed,
         "models trained on them or on what comes from them": len(affected_by(catalog, dataset.name, keys)),
         "removed models in the store": len(removed & there),
-        "tensors of removed models in the store": len(stored_tensors(catalog) & (tainted - _manifests(catalog, store))),
+        "tensors of removed models in the store": len(store.tensors() & (tainted - _manifests(catalog, store))),
     }
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import sqlalchemy as sa
 import torch
 
-from dynkit.catalog import Catalog, edges, models, names
+from dynkit.catalog import Catalog, edges, models, names, packs
 from dynkit.errors import Conflict, InvalidInput, StorageError
 from dynkit.models.encoding import Ref
 from dynkit.models.guard import Guard
@@ -237,6 +237,14 @@ class ModelStore:
         with self._catalog.read() as connection:
             everything = list(stored(connection).values())
         return inspect(self._shelf, everything, deep=deep)
+
+    def tensors(self) -> set[str]:
+        """Return identities of all tensors in the packs, whether a model has them or not."""
+        with self._catalog.read() as connection:
+            ids = list(connection.scalars(sa.select(packs.c.id)))
+        with Reader(self._shelf) as reader:
+            reader.prepare(ids)
+            return {frame.id.hex() for id in ids for frame in reader.pack(id).frames if frame is not None}
 
     def gc(self, *, grace_s: float = _GRACE_S, garbage: float = 0.25) -> Freed:
         """Remove tensors that no model needs, directly or to predict others from.
