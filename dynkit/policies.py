@@ -89,6 +89,8 @@ def as_chosen(chosen: object, epochs: int) -> pl.DataFrame:
         if not isinstance(chosen, pl.DataFrame | pl.Series):
             chosen = pl.Series(np.asarray(chosen))
         given = chosen if isinstance(chosen, pl.DataFrame) else pl.DataFrame({"key": chosen})
+        if "key" not in given.columns:
+            raise PolicyError(f"the selection returned a frame without a column key: {given.columns}")
         keys = given["key"].cast(pl.Int64)
     except (pl.exceptions.PolarsError, TypeError, ValueError) as error:
         raise PolicyError(f"the selection must return keys or a frame with columns key and weight: {error}") from None
