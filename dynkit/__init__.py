@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from dynkit import drift, errors, plots, selection, streams, testing, training, triggers
     from dynkit.data import Dataset
     from dynkit.evaluation import Evaluation, metrics, windows
-    from dynkit.models import guard
+    from dynkit.models.guard import guard
     from dynkit.pipeline import Pipeline, Run
     from dynkit.pipeline.compare import compare
     from dynkit.pipeline.sweep import sweep

@@ -121,12 +121,13 @@ def test_a_checkpoint_of_another_training_is_not_gone_on_from(dataset: dk.Datase
 
 
 def test_time_makes_a_checkpoint_due(tmp_path: Path) -> None:
-    checkpoint = Checkpoint(tmp_path / "state", "20ms")
-    assert not checkpoint.due(1)
+    checkpoint = Checkpoint(tmp_path / "state", "1ms")
     time.sleep(0.03)
     assert checkpoint.due(1)
     checkpoint.save({"a": 1})
-    assert not checkpoint.due(1)
+    rare = Checkpoint(tmp_path / "other", "1h")
+    time.sleep(0.03)
+    assert not rare.due(1)
     assert Checkpoint(tmp_path / "state", 1).load() == {"a": 1}
 
 
