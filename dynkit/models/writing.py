@@ -17,7 +17,7 @@ from dynkit.catalog import edges, packs, tensors
 from dynkit.errors import NotFound
 from dynkit.models.encoding import Frame, Ref, encode
 from dynkit.models.packs import Written
-from dynkit.models.reading import Reader
+from dynkit.models.reading import GoneError, Reader
 from dynkit.models.records import Stored, batched, insert_model, move_name, stored
 from dynkit.models.shelf import Shelf
 from dynkit.models.tensors import manifest_id
@@ -66,10 +66,6 @@ class Draft:
     def tensors(self) -> dict[bytes, tuple[str, torch.Tensor]]:
         """A name and the tensor of each identity; tied ones once."""
         return {id: (name, self.state[name]) for name, id in reversed(self.ids.items())}
-
-
-class GoneError(Exception):
-    """A tensor that is relied on was removed meanwhile."""
 
 
 def commit(shelf: Shelf, draft: Draft, also: Also | None) -> None:
