@@ -93,6 +93,7 @@ def encode(
     *,
     parents: int = 0,
     admits: Callable[[Sequence[Ref], int], bool] = lambda refs, size: True,
+    burden: Callable[[Sequence[Ref]], float] = lambda refs: 0.0,
     step: float = 0.0,
 ) -> tuple[Frame, bytes]:
     """Find a small way to store a tensor.
@@ -106,6 +107,8 @@ def encode(
         Related tensors, nearest first; the first `parents` of them from the model's parents.
     admits : callable
         Whether a tensor may depend on these references with so many bytes of its own.
+    burden : callable
+        Bits per element that a smaller frame must gain to be worth these references.
     step : float
         Not 0: the tensor was made by `on_grid` with this step from a base or from zeros.
 
@@ -114,7 +117,7 @@ def encode(
     Frame and its bytes
     """
     target = target.detach().cpu().contiguous()
-    places = _Places([ref for ref, _ in bases], [base for _, base in bases], parents, admits)
+    places = _Places([ref for ref, _ in bases], [base for _, base in bases], parents, admits, burden)
     for grid in (step, 0.0) if step else (0.0,):
         for prediction in (*_ranked(target, places, grid), None):
             coded = _coded(key, target, prediction, places, grid)
@@ -133,6 +136,7 @@ class _Places:
     tensors: list[torch.Tensor]
     parents: int
     admits: Callable[[Sequence[Ref], int], bool]
+    burden: Callable[[Sequence[Ref]], float]
 
     def of(self, prediction: Prediction) -> tuple[Ref, ...]:
         return tuple(self.refs[place] for place in prediction.bases)
@@ -160,7 +164,7 @@ def _ranked(target: torch.Tensor, places: _Places, step: float) -> list[Predicti
         bits += bool(bits) * _EXTRA + 8 * len(prediction.side) / target.numel()
         if not places.admits(places.of(prediction), int(bits / 8 * target.numel())):
             continue
-        cost[prediction] = bits + (prediction.kind != "parent") * _GAIN
+        cost[prediction] = bits + (prediction.kind != "parent") * _GAIN + places.burden(places.of(prediction))
         if not bits and not step:
             break
     return sorted(cost, key=cost.__getitem__)[:2]

@@ -168,6 +168,12 @@ class Reader:
             self._reach[ref] = needed, depth + 1
         return self._reach[ref]
 
+    def used(self, bases: Sequence[Ref], raw_bytes: int) -> float:
+        """Return how much of its bounds, 0 to 1, a tensor of so many bytes has used up by these references."""
+        reached = [self.reach(base) for base in bases]
+        needed = {ref: size for more, _ in reached for ref, size in more.items()}
+        return max(sum(needed.values()) / (COST * max(1, raw_bytes)), max((d for _, d in reached), default=0) / DEPTH)
+
     def plan(self, ref: Ref, frame: Frame) -> None:
         """Count with a tensor being stored in another way soon."""
         self._planned[ref] = frame
