@@ -22,12 +22,13 @@ from pcodec import ChunkConfig, DeltaSpec, ModeSpec, PagingSpec, standalone
 
 from dynkit.models.tensors import Bits
 
-__all__ = ["Grouping", "compress", "decompress", "pack_numbers", "unpack_numbers", "unzigzag", "zigzag"]
+__all__ = ["BLOCK", "Grouping", "compress", "decompress", "pack_numbers", "unpack_numbers", "unzigzag", "zigzag"]
 
 _LEVEL = 8  # of pcodec; 12 takes eight times as long for 0.3 % less
 _ZSTD_LEVEL = 3
 _GROUP = 4096  # numbers that a histogram must be worth
 _PAGE = 1 << 18
+BLOCK = 1 << 15  # numbers whose temporaries stay in the processor's cache
 
 
 def zigzag(differences: Bits) -> Bits:
@@ -57,18 +58,26 @@ class Grouping:
     @classmethod
     def by(cls, groups: Bits) -> "Grouping":
         """Group by small numbers (N,); rare groups join their neighbours."""
-        order = np.argsort(groups, kind="stable")
-        ends = np.searchsorted(groups[order], np.arange(int(groups.max()) + 1, dtype=groups.dtype), side="right")
+        count = int(groups.max()) + 1
+        members: list[list[Bits]] = [[] for _ in range(count)]
+        for start in range(0, len(groups), BLOCK):  # sorting what fits in the cache takes a third of the time
+            block = groups[start : start + BLOCK]
+            order = np.argsort(block, kind="stable")
+            ends = np.searchsorted(block[order], np.arange(count, dtype=groups.dtype), side="right")
+            order += start
+            starts = np.concatenate([[0], ends[:-1]])
+            for group in np.flatnonzero(ends > starts).tolist():
+                members[group].append(order[starts[group] : ends[group]])
         sizes: list[int] = []
         waiting = 0
-        for count in np.diff(ends, prepend=0).tolist():
-            waiting += count
+        for parts in members:
+            waiting += sum(map(len, parts))
             if waiting >= _GROUP:
                 sizes += [_PAGE] * (waiting // _PAGE) + ([waiting % _PAGE] if waiting % _PAGE else [])
                 waiting = 0
         if waiting:
             sizes = [*sizes[:-1], sizes[-1] + waiting] if sizes else [waiting]
-        return cls(order, sizes)
+        return cls(np.concatenate([part for parts in members for part in parts]), sizes)
 
 
 def compress(numbers: Bits, coder: str, grouping: Grouping | None = None) -> bytes:

@@ -13,7 +13,7 @@ import google_crc32c
 import numpy as np
 import torch
 
-from dynkit.models.coding import Grouping, compress, decompress, unzigzag, zigzag
+from dynkit.models.coding import BLOCK, Grouping, compress, decompress, unzigzag, zigzag
 from dynkit.models.prediction import Prediction, fitted, predict
 from dynkit.models.tensors import (
     Bits,
@@ -37,6 +37,7 @@ _SMALL = 128  # bytes that a frame with a base does not pay for
 _SAMPLE = 1 << 14  # elements
 _RUNS = 16
 _GROUPED = 1 << 13  # elements for which histograms by exponent are worth their place
+_DENSE = 0.5  # share of numbers that are not zero
 _POOR = 0.75  # share of a tensor above which its prediction is doubted
 _EXTRA = 1.5  # bits per element that a coder takes besides the size of the number
 _GAIN = 0.05  # bits per element that anything must gain over the nearest parent
@@ -93,6 +94,7 @@ def encode(
     *,
     parents: int = 0,
     admits: Callable[[Sequence[Ref], int], bool] = lambda refs, size: True,
+    burden: Callable[[Sequence[Ref]], float] = lambda refs: 0.0,
     step: float = 0.0,
 ) -> tuple[Frame, bytes]:
     """Find a small way to store a tensor.
@@ -106,6 +108,8 @@ def encode(
         Related tensors, nearest first; the first `parents` of them from the model's parents.
     admits : callable
         Whether a tensor may depend on these references with so many bytes of its own.
+    burden : callable
+        Bits per element that a smaller frame must gain to be worth these references.
     step : float
         Not 0: the tensor was made by `on_grid` with this step from a base or from zeros.
 
@@ -114,7 +118,7 @@ def encode(
     Frame and its bytes
     """
     target = target.detach().cpu().contiguous()
-    places = _Places([ref for ref, _ in bases], [base for _, base in bases], parents, admits)
+    places = _Places([ref for ref, _ in bases], [base for _, base in bases], parents, admits, burden)
     for grid in (step, 0.0) if step else (0.0,):
         for prediction in (*_ranked(target, places, grid), None):
             coded = _coded(key, target, prediction, places, grid)
@@ -133,6 +137,7 @@ class _Places:
     tensors: list[torch.Tensor]
     parents: int
     admits: Callable[[Sequence[Ref], int], bool]
+    burden: Callable[[Sequence[Ref]], float]
 
     def of(self, prediction: Prediction) -> tuple[Ref, ...]:
         return tuple(self.refs[place] for place in prediction.bases)
@@ -160,7 +165,7 @@ def _ranked(target: torch.Tensor, places: _Places, step: float) -> list[Predicti
         bits += bool(bits) * _EXTRA + 8 * len(prediction.side) / target.numel()
         if not places.admits(places.of(prediction), int(bits / 8 * target.numel())):
             continue
-        cost[prediction] = bits + (prediction.kind != "parent") * _GAIN
+        cost[prediction] = bits + (prediction.kind != "parent") * _GAIN + places.burden(places.of(prediction))
         if not bits and not step:
             break
     return sorted(cost, key=cost.__getitem__)[:2]
@@ -221,15 +226,19 @@ def _frame(key: bytes, target: torch.Tensor, coder: str, data: bytes, **describe
 
 def _smallest(numbers: Bits, groups: Bits | None, coders: Sequence[str]) -> tuple[str, bytes, Grouping | None]:
     """Code by the coder that is best on a sample."""
-    few = len(numbers) <= 2 * _SAMPLE
+    if len(numbers) <= 2 * _SAMPLE:
+        grouping = Grouping.by(groups) if groups is not None else None
+        coded = {coder: compress(numbers, coder, grouping) for coder in coders}
+        best = min(coded, key=lambda coder: len(coded[coder]))
+        return best, coded[best], grouping
     run = _SAMPLE // _RUNS
     starts = np.linspace(0, len(numbers) - run, _RUNS, dtype=int)
-    some = slice(None) if few else (starts[:, None] + np.arange(run)).reshape(-1)
-    grouping = Grouping.by(groups[some]) if groups is not None else None
-    coded = {coder: compress(numbers[some], coder, grouping) for coder in coders}
-    best = min(coded, key=lambda coder: len(coded[coder]))
-    if few:
-        return best, coded[best], grouping
+    rows = (starts[:, None] + np.arange(run)).reshape(-1)
+    some = numbers[rows]
+    best = "grouped"
+    if groups is None or np.count_nonzero(some) < _DENSE * len(some):  # else there are no runs for others to find
+        grouping = Grouping.by(groups[rows]) if groups is not None else None
+        best = min(coders, key=lambda coder: len(compress(some, coder, grouping)))
     grouping = Grouping.by(groups) if groups is not None and best == "grouped" else None
     return best, compress(numbers, best, grouping), grouping
 
@@ -243,7 +252,12 @@ def _residual(target: torch.Tensor, expected: torch.Tensor, step: float) -> Bits
         ):
             return None
         return zigzag(steps.to(torch.int32).numpy().view(np.uint32))
-    return zigzag(ordered(bits_of(target), target.dtype) - ordered(bits_of(expected), target.dtype))
+    bits, near = bits_of(target), bits_of(expected)
+    numbers = np.empty_like(bits)
+    for start in range(0, len(bits), BLOCK):
+        part = slice(start, start + BLOCK)
+        numbers[part] = zigzag(ordered(bits[part], target.dtype) - ordered(near[part], target.dtype))
+    return numbers
 
 
 def _alone(target: torch.Tensor, step: float) -> Bits | None:
@@ -280,11 +294,15 @@ def decode(frame: Frame, data: Any, bases: Sequence[torch.Tensor], grouping: Gro
         groups = exponents(bits_of(expected), dtype)
         assert groups is not None
         grouping = Grouping.by(groups)
-    differences = unzigzag(decompress(rest, frame.coder, count, numbers_of, grouping))
+    numbers = decompress(rest, frame.coder, count, numbers_of, grouping)
     if frame.step:
-        return on_grid(expected, torch.from_numpy(differences.view(np.int32)).reshape(frame.shape), frame.step)
-    near = ordered(bits_of(expected), dtype)
-    return tensor_of(restored(near + differences, dtype), dtype, frame.shape)
+        steps = torch.from_numpy(unzigzag(numbers).view(np.int32)).reshape(frame.shape)
+        return on_grid(expected, steps, frame.step)
+    near = bits_of(expected)
+    for start in range(0, count, BLOCK):
+        part = slice(start, start + BLOCK)
+        numbers[part] = restored(ordered(near[part], dtype) + unzigzag(numbers[part]), dtype)
+    return tensor_of(numbers, dtype, frame.shape)
 
 
 def on_grid(expected: torch.Tensor, steps: torch.Tensor, step: float) -> torch.Tensor:

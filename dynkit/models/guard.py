@@ -1,9 +1,9 @@
 """Lossy storage, if a test allows it: `guard`.
 
-The difference to the parent, or to the mean of several, is rounded to multiples of a step, twice the error. The loop
-is closed: to the parent as it is stored, so that errors do not add up along a chain (as in Delta-DNN, Hu et al. 2020,
-whose step is 2 ln(1 + e)). The rounded model is judged by the user's metric next to the original. Where it is as good
-as `max_drop` asks, it is stored, under an identity of its own, with the evidence; else the original is.
+The difference to the parent, or to the mean of several, is rounded to multiples of a step, twice the error. The loop is
+closed: to the parent as it is stored, so that errors do not add up along a chain (as in Delta-DNN, Hu et al. 2020, with
+a step of 2 ln(1 + e)). The rounded model is judged by the user's metric next to the original. Where it is as good as
+`max_drop` asks, it is stored, under an identity of its own, with the evidence; else the original is.
 """
 
 import functools

@@ -20,12 +20,16 @@ from dynkit.models.packs import Pack, packs_at, read_pack
 from dynkit.models.shelf import Shelf
 from dynkit.models.tensors import digest, raw
 
-__all__ = ["COST", "DEPTH", "Reader"]
+__all__ = ["COST", "DEPTH", "GoneError", "Reader"]
 
 DEPTH = 8
 COST = 3.0
 FREE_COST = 8.0
 _ATTEMPTS = 5
+
+
+class GoneError(StorageError):
+    """A tensor was removed by `gc`."""
 
 
 class Reader:
@@ -85,7 +89,7 @@ class Reader:
         try:
             return self._packs[id]
         except KeyError:
-            raise StorageError(f"pack {id} of model tensors is not in the catalog of {self.catalog.root}") from None
+            raise GoneError(f"pack {id} of model tensors is not in the catalog of {self.catalog.root}") from None
 
     def find(self, ref: Ref) -> Frame | None:
         """Return how a tensor is stored, None where it is not any more."""
@@ -98,7 +102,7 @@ class Reader:
         """Return how a tensor is stored."""
         frame = self.pack(ref[0]).frames[ref[1]]
         if frame is None:
-            raise StorageError(f"the tensor {ref} in {self._shelf.folder} was removed")
+            raise GoneError(f"the tensor {ref} in {self._shelf.folder} was removed")
         return frame
 
     def data(self, ref: Ref) -> bytes:
@@ -163,6 +167,12 @@ class Reader:
                 depth = max(depth, below)
             self._reach[ref] = needed, depth + 1
         return self._reach[ref]
+
+    def used(self, bases: Sequence[Ref], raw_bytes: int) -> float:
+        """Return how much of its bounds, 0 to 1, a tensor of so many bytes has used up by these references."""
+        reached = [self.reach(base) for base in bases]
+        needed = {ref: size for more, _ in reached for ref, size in more.items()}
+        return max(sum(needed.values()) / (COST * max(1, raw_bytes)), max((d for _, d in reached), default=0) / DEPTH)
 
     def plan(self, ref: Ref, frame: Frame) -> None:
         """Count with a tensor being stored in another way soon."""

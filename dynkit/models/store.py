@@ -23,13 +23,13 @@ from dynkit.catalog import Catalog, edges, models, names, packs
 from dynkit.errors import Conflict, InvalidInput, StorageError
 from dynkit.models.encoding import Ref
 from dynkit.models.guard import Guard
-from dynkit.models.reading import Reader
+from dynkit.models.reading import GoneError, Reader
 from dynkit.models.records import Stored, resolved, stored
 from dynkit.models.shelf import Shelf
 from dynkit.models.sizes import Stats, measured
 from dynkit.models.tensors import dtype_name, tensor_id
 from dynkit.models.upkeep import Damage, Freed, collect, inspect, rewrite
-from dynkit.models.writing import Also, Draft, GoneError, bases_of, commit
+from dynkit.models.writing import Also, Draft, bases_of, commit
 
 __all__ = ["ModelStore", "OpenModel"]
 

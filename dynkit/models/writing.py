@@ -5,7 +5,7 @@ predicted from. Tensors are matched by name; where a model calls them otherwise,
 """
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,7 @@ from dynkit.catalog import edges, packs, tensors
 from dynkit.errors import NotFound
 from dynkit.models.encoding import Frame, Ref, encode
 from dynkit.models.packs import Written
-from dynkit.models.reading import Reader
+from dynkit.models.reading import GoneError, Reader
 from dynkit.models.records import Stored, batched, insert_model, move_name, stored
 from dynkit.models.shelf import Shelf
 from dynkit.models.tensors import manifest_id
@@ -30,7 +30,8 @@ _GENERATIONS = 8  # of ancestors that are looked at
 _ANCESTORS = 12  # after which no further generation is
 _LOSSY = 0.12  # the same of a rounded one
 _USUAL = 0.6  # share of a tensor that is left of it, about
-_EARLIER = 2  # tensors, besides those of the parents, that one may be predicted from
+_ROOM = 2.0  # bits per element that a tensor gives to leave all of its bounds to its children
+_STEP = 0.2  # of the bounds that count as more room
 
 
 @dataclass(frozen=True)
@@ -66,10 +67,6 @@ class Draft:
     def tensors(self) -> dict[bytes, tuple[str, torch.Tensor]]:
         """A name and the tensor of each identity; tied ones once."""
         return {id: (name, self.state[name]) for name, id in reversed(self.ids.items())}
-
-
-class GoneError(Exception):
-    """A tensor that is relied on was removed meanwhile."""
 
 
 def commit(shelf: Shelf, draft: Draft, also: Also | None) -> None:
@@ -174,10 +171,23 @@ def coded_tensor(
     """Code one tensor with those related ones that its decoding may depend on."""
     admits = reader.admits(tensor.nbytes)
     direct = _usable(reader, tensor, parents, _LOSSY if step else 0)
-    within = _usable(reader, tensor, earlier, _LOSSY if step else _USUAL)[:_EARLIER]
+    before = _usable(reader, tensor, earlier, _LOSSY if step else _USUAL)
     nearest = _usable(reader, tensor, earlier[:1], 0)
-    bases = [(ref, reader.base(ref)) for ref in dict.fromkeys([*direct, *nearest, *within])]
-    return encode(id, tensor, bases, parents=len(direct), admits=admits, step=step)
+    bases = [(ref, reader.base(ref)) for ref in dict.fromkeys([*direct, *nearest, *_branches(reader, tensor, before)])]
+    ends = not _usable(reader, tensor, direct, _USUAL)
+
+    def burden(refs: Sequence[Ref]) -> float:
+        """Where the chain must end, a new branch is to have room for children."""
+        return _ROOM * reader.used(refs, tensor.nbytes) if ends and not step else 0.0
+
+    return encode(id, tensor, bases, parents=len(direct), admits=admits, burden=burden, step=step)
+
+
+def _branches(reader: Reader, tensor: torch.Tensor, refs: Sequence[Ref]) -> list[Ref]:
+    """Return the nearest tensor to depend on, and the nearest that leaves more room."""
+    first = list(refs[:1])
+    limit = reader.used(first, tensor.nbytes) - _STEP
+    return [*first, *[ref for ref in refs if reader.used([ref], tensor.nbytes) <= limit][:1]]
 
 
 def _usable(reader: Reader, tensor: torch.Tensor, refs: Iterable[Ref], share: float) -> list[Ref]:

@@ -13,6 +13,7 @@ import polars as pl
 
 import dynkit as dk
 from dynkit.drift import DynamicQuantile, PValue
+from dynkit.pipeline.sweep import Sweep
 from dynkit.streams.stream import clocked
 from dynkit.triggers import Amount, AvoidableMisclassifications, Drift, Performance
 
@@ -78,7 +79,7 @@ SELECTIONS: dict[str, Any] = {
 }
 
 
-def table_of(stream: dk.streams.Stream, sweep: dk.pipeline.sweep.Sweep, axis: str) -> pl.DataFrame:
+def table_of(stream: dk.streams.Stream, sweep: Sweep, axis: str) -> pl.DataFrame:
     """Mean and spread over seeds of the composite score, and what it cost."""
     metric = stream.metrics[0]
     frame = sweep.frame().filter(metric=metric)
