@@ -333,6 +333,21 @@ def test_models_of_a_live_run_are_made_anew_from_the_versions_that_they_saw(
     assert set(run.matrix()["model"]) == {one.model for one in run.trained}
 
 
+def test_a_model_with_two_origins_is_saved_by_the_one_that_has_a_recipe(ws: dk.Workspace, dataset: dk.Dataset) -> None:
+    run = replayed(make_pipeline(dataset, selection=dk.selection.New(), training=dk.Training(**TRAINING)))  # type: ignore[arg-type]
+    second = run.trained[1].model
+    halved = ws.lineage.add(lambda state: {n: t / 2 for n, t in state.items()}, parents=[second], name="halved")
+    assert ws.lineage.add(ws.models.load(halved), parents=[second]) == halved  # brought, too
+    above = ws.lineage.add(lambda state: {n: t * 3 for n, t in state.items()}, parents=[halved], name="above")
+    assert ws.lineage.erase([700]).blocked == ()
+    report = ws.lineage.erase([700], dry_run=False)
+    assert report.done
+    assert set(report.removed) == {second, halved, above}
+    expected = {name: tensor / 2 * 3 for name, tensor in ws.models.load(run.trained[1].model).items()}
+    assert all(ws.models.load("above")[name].equal(tensor) for name, tensor in expected.items())
+    assert [one.how for one in ws.lineage.show("halved").origins] == ["made"]
+
+
 def test_erasing_refuses_what_cannot_be(ws: dk.Workspace, dataset: dk.Dataset) -> None:
     stream = make_pipeline(dataset).replay()
     next(stream)
