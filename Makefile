@@ -8,7 +8,7 @@ SETUP := pyproject.toml constraints.txt Makefile
 
 export DYNKIT_WORKSPACE ?= $(CURDIR)/build/workspace
 
-.PHONY: demo test lint docs bench clean help
+.PHONY: demo test lint docs bench study clean help
 
 help:
 	@echo "make demo    set up, replay a year of flights through four pipelines, show what came out"
@@ -16,6 +16,7 @@ help:
 	@echo "make lint    format, types and import checks only"
 	@echo "make docs    build the site into build/docs"
 	@echo "make bench   run the benchmarks and print their tables"
+	@echo "make study   run the policy study and write its tables into docs/policy-study.md"
 	@echo "make clean   remove what was built, .venv included"
 
 $(VENV)/created:
@@ -68,6 +69,9 @@ $(VENV)/bench: $(VENV)/dev $(SETUP)
 
 bench: $(VENV)/bench
 	$(BIN)/python -m pytest tests/benchmarks --benchmark-enable --benchmark-disable-gc -s -q --override-ini addopts=
+
+study: $(VENV)/dev
+	$(BIN)/python tests/benchmarks/policy_study.py
 
 clean:
 	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

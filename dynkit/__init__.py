@@ -11,11 +11,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dynkit import drift, errors, plots, selection, triggers
+    from dynkit import drift, errors, plots, selection, streams, testing, training, triggers
     from dynkit.data import Dataset
     from dynkit.evaluation import Evaluation, metrics, windows
+    from dynkit.models import guard
     from dynkit.pipeline import Pipeline, Run
     from dynkit.pipeline.compare import compare
+    from dynkit.pipeline.sweep import sweep
+    from dynkit.pipeline.what_if import what_if
     from dynkit.training import Training
     from dynkit.types import Event, Window
     from dynkit.workspace import Workspace
@@ -34,10 +37,16 @@ __all__ = [
     "compare",
     "drift",
     "errors",
+    "guard",
     "metrics",
     "plots",
     "selection",
+    "streams",
+    "sweep",
+    "testing",
+    "training",
     "triggers",
+    "what_if",
     "windows",
 ]
 
@@ -53,10 +62,16 @@ _HOME = {
     "compare": "dynkit.pipeline.compare:compare",
     "drift": "dynkit.drift:",
     "errors": "dynkit.errors:",
+    "guard": "dynkit.models:guard",
     "metrics": "dynkit.evaluation.metrics:",
     "plots": "dynkit.plots:",
     "selection": "dynkit.selection:",
+    "streams": "dynkit.streams:",
+    "sweep": "dynkit.pipeline.sweep:sweep",
+    "testing": "dynkit.testing:",
+    "training": "dynkit.training:",
     "triggers": "dynkit.triggers:",
+    "what_if": "dynkit.pipeline.what_if:what_if",
     "windows": "dynkit.evaluation.windows:",
 }
 

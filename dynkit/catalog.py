@@ -106,6 +106,7 @@ triggers = sa.Table(
     sa.Column("samples", sa.BigInteger, nullable=False),  # selected
     sa.Column("samples_passed", sa.BigInteger, nullable=False),  # handed to the fit function, all epochs together
     sa.Column("selection", sa.String, nullable=False),  # BLAKE3 of the stored keys and weights
+    sa.Column("training", sa.String, index=True),  # identity of samples, model, settings, parent and seed
     sa.Column("select_s", sa.Float, nullable=False),
     sa.Column("train_s", sa.Float, nullable=False),
     sa.Column("report", sa.JSON, nullable=False),  # what the fit function reported: losses, epochs, ...
@@ -169,10 +170,11 @@ evaluations = sa.Table(
     sa.Column("window_start_ns", sa.BigInteger, primary_key=True),
     sa.Column("window_end_ns", sa.BigInteger, primary_key=True),
     sa.Column("metric", sa.String, primary_key=True),
+    sa.Column("slice", sa.String, primary_key=True),  # "column=value"; empty for all samples of the window
     sa.Column("metric_index", sa.Integer, nullable=False),  # as declared; the first is the one drawn by default
     sa.Column("window_anchor_ns", sa.BigInteger, nullable=False),
     sa.Column("value", sa.Float),  # null where the metric is undefined in the window
-    sa.Column("samples", sa.BigInteger, nullable=False),
+    sa.Column("samples", sa.BigInteger, nullable=False),  # of the slice in the window
 )
 
 # -- lineage: what people add to the graph, and what makes it quick to search --

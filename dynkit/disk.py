@@ -1,9 +1,15 @@
-"""Make sure that what was written is on the disk before something that refers to it is committed."""
+"""Files between processes: written for sure before something refers to them, and locks."""
 
+import fcntl
 import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["flush", "flush_tree"]
+__all__ = ["flush", "flush_tree", "locked"]
+
+_POLL_S = 0.1
 
 
 def flush(*paths: Path) -> None:
@@ -19,3 +25,26 @@ def flush(*paths: Path) -> None:
 def flush_tree(folder: Path) -> None:
     """Flush a folder with all below it."""
     flush(folder, *folder.rglob("*"))
+
+
+@contextmanager
+def locked(path: Path, waiting: Callable[[], None]) -> Iterator[None]:
+    """Hold a lock that one process at a time can have; it is free again when that process ends, however it does.
+
+    Parameters
+    ----------
+    path : Path
+        The lock's file.
+    waiting : callable
+        Called again and again while another process has it; may raise.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                waiting()
+                time.sleep(_POLL_S)
+        yield

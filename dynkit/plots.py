@@ -19,7 +19,7 @@ import polars as pl
 
 from dynkit.errors import InvalidInput, did_you_mean
 
-__all__ = ["Figure", "composite", "cost", "matrix"]
+__all__ = ["Figure", "composite", "cost", "decisions", "matrix"]
 
 _COLOURS = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000"]
 _WIDTH = 640
@@ -172,6 +172,35 @@ def cost(frame: pl.DataFrame, metric: str | None = None, *, by: str = "samples_t
     )
     title = f"cost ({units[by]}) against mean {chosen}"
     return Figure(_styled(points, title), title)
+
+
+def decisions(frame: pl.DataFrame) -> Figure:
+    """Scores that triggers saw over time, the thresholds they were compared with, and where they fired.
+
+    Parameters
+    ----------
+    frame : pl.DataFrame
+        As `Run.decisions`. Of several triggers each has a chart of its own.
+    """
+    seen = frame.filter(pl.col("score").is_not_null())
+    if not seen.height:
+        raise InvalidInput("no trigger has compared anything yet; triggers that only count have no scores")
+    charts = []
+    for (trigger,), some in seen.group_by("trigger", maintain_order=True):
+        data = _rows(some.select("timestamp", "score", "threshold", "fired"))
+        axis = _time_axis(some["timestamp"])
+        base = alt.Chart(data, width=_WIDTH, height=180).encode(
+            x=alt.X("timestamp:T", title=None, scale=alt.Scale(type="utc"), axis=axis),
+            tooltip=["timestamp:T", alt.Tooltip("score:Q", format=".4g"), alt.Tooltip("threshold:Q", format=".4g")],
+        )
+        line = base.mark_line(color=_COLOURS[0]).encode(y=alt.Y("score:Q", title=f"{trigger}: score"))
+        limit = base.mark_line(color="#666", strokeDash=[4, 3], interpolate="step-before").encode(y="threshold:Q")
+        fired = base.transform_filter("datum.fired").mark_point(
+            filled=True, size=70, shape="triangle-up", color=_COLOURS[3], opacity=1
+        )
+        charts.append(line + limit + fired.encode(y="score:Q"))
+    title = "scores that triggers saw, their thresholds (dashed), and where they fired (triangles)"
+    return Figure(_styled(alt.vconcat(*charts), title), title)
 
 
 def _one_metric(frame: pl.DataFrame, metric: str | None) -> tuple[str, pl.DataFrame]:

@@ -15,20 +15,23 @@ import re
 import sys
 import sysconfig
 import types as python_types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import polars as pl
 from blake3 import blake3
 
-from dynkit.errors import InvalidInput
+from dynkit.errors import InvalidInput, PolicyError
 from dynkit.types import DriftMetric, Metric, Model, Selection, Trigger, Windows
 
 __all__ = [
+    "as_chosen",
     "as_drift_metric",
     "as_metric",
     "as_model",
+    "as_positions",
     "as_selection",
     "as_trigger",
     "as_windows",
@@ -42,6 +45,74 @@ __all__ = [
 def as_trigger(value: object) -> Trigger:
     """Return `value` as a Trigger: a callable ``(new, run) -> bool | positions``."""
     return cast(Trigger, _as_callable(value, "trigger", ("new", "run")))
+
+
+def as_positions(decision: object, height: int) -> Iterator[int]:
+    """Check what a trigger answered about `height` rows, and give the row positions one by one.
+
+    Raises
+    ------
+    PolicyError
+        When it answered something else.
+    """
+    if isinstance(decision, bool | np.bool_) or decision is None:
+        if decision:
+            yield height - 1
+        return
+    if not isinstance(decision, Iterable):
+        raise PolicyError(f"the trigger returned {decision!r}; expected True, False or row positions of `new`")
+    last = -2
+    for position in decision:
+        if not isinstance(position, int | np.integer) or isinstance(position, bool) or not last < position < height:
+            raise PolicyError(
+                f"the trigger returned position {position!r} after {last}; expected increasing whole numbers "
+                f"from -1 to {height - 1}"
+            )
+        last = int(position)
+        yield last
+
+
+def as_chosen(chosen: object, epochs: int) -> pl.DataFrame:
+    """Check what a selection answered, for a training of so many epochs.
+
+    Returns
+    -------
+    pl.DataFrame
+        Column key (Int64), and weight (Float32), epoch (Int64, from 0) and score (Float64) where they were given.
+
+    Raises
+    ------
+    PolicyError
+        When it answered something else.
+    """
+    try:
+        if not isinstance(chosen, pl.DataFrame | pl.Series):
+            chosen = pl.Series(np.asarray(chosen))
+        given = chosen if isinstance(chosen, pl.DataFrame) else pl.DataFrame({"key": chosen})
+        if "key" not in given.columns:
+            raise PolicyError(f"the selection returned a frame without a column key: {given.columns}")
+        keys = given["key"].cast(pl.Int64)
+    except (pl.exceptions.PolarsError, TypeError, ValueError) as error:
+        raise PolicyError(f"the selection must return keys or a frame with columns key and weight: {error}") from None
+    if keys.null_count():
+        raise PolicyError("the selection returned keys that are null")
+    columns = [keys.rename("key")]
+    for name, dtype in (("weight", pl.Float32), ("epoch", pl.Int64), ("score", pl.Float64)):
+        if name in given.columns:
+            columns.append(given[name].cast(dtype))
+    frame = pl.DataFrame(columns).rechunk()
+    if "weight" in frame.columns:
+        weight = frame["weight"]
+        if weight.null_count() or not weight.is_finite().all() or not (weight >= 0).all():
+            raise PolicyError("the selection returned weights that are negative, null or not finite")
+    if "epoch" in frame.columns and frame.height:
+        counts = frame["epoch"].value_counts()
+        if (
+            sorted(counts["epoch"].to_list(), key=str) != sorted(range(epochs), key=str)
+            or counts["count"].n_unique() > 1
+        ):
+            raise PolicyError(f"the selection must name as many samples in each epoch, from 0 to {epochs - 1}")
+    return frame
 
 
 def as_selection(value: object) -> Selection:
@@ -123,6 +194,8 @@ def describe(value: Any) -> Any:
         return {str(key): describe(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [describe(item) for item in value]
+    if isinstance(value, pl.Expr):
+        return str(value)
     if isinstance(value, _Copied):
         return f"copy of {type(value.module).__qualname__}"
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

@@ -12,36 +12,55 @@ import copy
 import datetime as dt
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import polars as pl
+import torch
+from torch import nn
 
-from dynkit.time import to_datetime
-from dynkit.types import RunView, Selection, Trained, Trigger
+from dynkit.data import as_keys
+from dynkit.errors import Conflict, NotFound
+from dynkit.time import IntArray, to_datetime
+from dynkit.training import losses, scores, seeded
+from dynkit.training.scores import ScoreKind
+from dynkit.types import DriftMetric, RunView, Selection, Trained, Trigger
 
-__all__ = ["StreamView", "check_selection", "check_trigger", "stream"]
+__all__ = ["StreamView", "check_drift_metric", "check_selection", "check_trigger", "stream"]
 
 _ROWS = 5000
 _SPLITS = (100, 1, 37, 1000, _ROWS)
+_FEATURES = 8
+_STEPS = 20
+_LOSS = "cross_entropy"
 
 
 @dataclass
 class StreamView:
-    """A `RunView` over a table alone: no models, nothing to read.
+    """A `RunView` over a table alone, with samples and small models that are made up for it.
 
     Parameters
     ----------
     start_ns, now_ns : int
     samples_since_trigger : int
     trained : list of Trained
+    past : pl.DataFrame
+        The table as far as it was seen. A sample is a field ``x`` of eight numbers, by which its label can be learnt.
+    reports : list of dict
+        What was reported.
+    model : nn.Module or None
+        Such as `fit` makes.
+    epochs : int
     """
 
     start_ns: int = 0
     now_ns: int = 0
     samples_since_trigger: int = 0
     trained: list[Trained] = field(default_factory=list)
-    model: None = None
+    past: pl.DataFrame = field(default_factory=lambda: pl.DataFrame({"key": []}, schema={"key": pl.Int64}))
+    reports: list[dict[str, Any]] = field(default_factory=list)
+    model: nn.Module | None = None
+    epochs: int = 1
 
     @property
     def start(self) -> dt.datetime:
@@ -53,9 +72,79 @@ class StreamView:
         """See `RunView`."""
         return to_datetime(self.now_ns)
 
-    def read(self, keys: Any) -> dict[str, Any]:
-        """Refuse: there are no samples behind the table."""
-        raise LookupError("the test stream has a table only; pass one of your own with samples to test reading")
+    def held_out(self, table: pl.DataFrame) -> "np.ndarray[Any, np.dtype[np.bool_]]":
+        """None of them."""
+        return np.zeros(table.height, dtype=np.bool_)
+
+    def report(self, position: int, **numbers: Any) -> None:
+        """See `RunView`."""
+        self.reports.append({"position": self.past.height + position + 1, **numbers})
+
+    def arrived(self, keys: Any) -> IntArray:
+        """See `RunView`."""
+        return np.searchsorted([trained.position for trained in self.trained], self._rows(keys), side="right")
+
+    def read(self, keys: Any) -> dict[str, torch.Tensor]:
+        """See `RunView`."""
+        x = np.random.default_rng(0).normal(size=(self.past.height, _FEATURES))
+        label = np.zeros(self.past.height, np.int64)
+        if "label" in self.past.columns:
+            label = self.past["label"].rank("dense").fill_null(1).to_numpy().astype(np.int64) - 1
+        label %= _FEATURES
+        x += 2 * np.eye(_FEATURES)[label]
+        rows = self._rows(keys)
+        return {"x": torch.from_numpy(x[rows].astype(np.float32)), "label": torch.from_numpy(label[rows])}
+
+    def predict(self, keys: Any, *, model: nn.Module | None = None) -> torch.Tensor:
+        """See `RunView`."""
+        return scores.collect(self._model(model), [self.read(keys)], lambda outputs, batch: outputs)
+
+    def score(self, kind: str, keys: Any, *, model: nn.Module | None = None) -> torch.Tensor:
+        """See `RunView`."""
+        return scores.collect(
+            self._model(model),
+            [self.read(keys)],
+            lambda outputs, batch: scores.per_sample(cast(ScoreKind, kind), outputs, batch["label"], _LOSS),
+        )
+
+    def embed(self, keys: Any, *, model: nn.Module | None = None) -> torch.Tensor:
+        """See `RunView`."""
+        return scores.embeddings(self._model(model), [self.read(keys)])
+
+    def gradients(self, keys: Any, *, model: nn.Module | None = None) -> torch.Tensor:
+        """See `RunView`."""
+        return scores.collect(
+            self._model(model),
+            [self.read(keys)],
+            lambda outputs, batch: scores.gradients(outputs, batch["label"], _LOSS),
+        )
+
+    def fit(self, keys: Any, *, seed: int) -> nn.Module:
+        """See `RunView`."""
+        batch = self.read(keys)
+        with seeded(seed):
+            model = nn.Sequential(nn.Linear(_FEATURES, 16), nn.ReLU(), nn.Linear(16, _FEATURES))
+            optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+            for _ in range(_STEPS):
+                optimizer.zero_grad()
+                loss = losses(_LOSS, model(batch["x"]), batch["label"]).mean()
+                loss.backward()  # type: ignore[no-untyped-call]  # torch has no types here
+                optimizer.step()
+        return model.eval()
+
+    def _model(self, model: nn.Module | None) -> nn.Module:
+        found = self.model if model is None else model
+        if found is None:
+            raise Conflict("the run has no model yet; a policy can ask run.model is None first")
+        return found
+
+    def _rows(self, keys: Any) -> IntArray:
+        known, wanted = self.past["key"].to_numpy(), as_keys(keys)
+        order = np.argsort(known)
+        rows = order[np.minimum(np.searchsorted(known, wanted, sorter=order), len(known) - 1)] if len(known) else order
+        if len(rows) != len(wanted) or not (known[rows] == wanted).all():
+            raise NotFound("a sample was asked for that is not in the table so far")
+        return rows
 
 
 def stream(rows: int = _ROWS, seed: int = 0) -> pl.DataFrame:
@@ -85,6 +174,7 @@ def positions(trigger: Trigger, table: pl.DataFrame, split: int) -> list[int]:
         last = fired[-1] if fired else 0
         view.now_ns = int(time_ns[max(start - 1, 0)])
         view.samples_since_trigger = start - last
+        view.past = table.head(start)
         decision = trigger(new, view)
         if isinstance(decision, bool | np.bool_) or decision is None:
             decision = [new.height - 1] if decision else []
@@ -146,7 +236,8 @@ def check_selection(
     pool : pl.DataFrame or None
         None takes `stream`.
     view : callable, optional
-        Makes the run's view for the pool; None takes one in which the newest fifth is new.
+        Makes the run's view for the pool; None takes two: at the first trigger, without a model, and at the fifth, at
+        which the newest fifth of the pool is new.
     unique : bool
         Whether a sample may be picked once only.
 
@@ -156,18 +247,85 @@ def check_selection(
         With what is wrong.
     """
     pool = stream() if pool is None else pool
-    picked = []
-    for _ in range(2):
-        seen = StreamView(samples_since_trigger=pool.height // 5) if view is None else view(pool)
-        chosen = copy.deepcopy(selection)(pool, seen, np.random.default_rng(7))
-        frame = chosen if isinstance(chosen, pl.DataFrame) else pl.DataFrame({"key": chosen})
-        assert "key" in frame.columns, f"expected keys or a frame with a column key, not {frame.columns}"
-        picked.append(frame)
+    for make in (_at_first_trigger, _at_fifth_trigger) if view is None else (view,):
+        _check_chosen([_selected(selection, pool, make(pool)) for _ in range(2)], pool, unique)
+
+
+def _at_first_trigger(pool: pl.DataFrame) -> StreamView:
+    return StreamView(samples_since_trigger=pool.height, past=pool)
+
+
+def _at_fifth_trigger(pool: pl.DataFrame) -> StreamView:
+    view = StreamView(past=pool)
+    for index in range(4):
+        seen = pool.height * (index + 1) // 5
+        view.trained.append(Trained(index, seen, int(pool["timestamp"].to_physical()[seen - 1]), f"{index}", seen, 0.0))
+    view.samples_since_trigger = pool.height - seen
+    view.model = view.fit(pool["key"].head(seen), seed=0)
+    return view
+
+
+def _selected(selection: Selection, pool: pl.DataFrame, view: RunView) -> pl.DataFrame:
+    chosen = copy.deepcopy(selection)(pool, view, np.random.default_rng(7))
+    return chosen if isinstance(chosen, pl.DataFrame) else pl.DataFrame({"key": chosen})
+
+
+def _check_chosen(picked: list[pl.DataFrame], pool: pl.DataFrame, unique: bool) -> None:
+    assert "key" in picked[0].columns, f"expected keys or a frame with a column key, not {picked[0].columns}"
     keys = picked[0]["key"]
     assert len(keys) > 0, "nothing was selected"
     assert keys.is_in(pool["key"].to_list()).all(), "keys that are not in the pool were selected"
-    assert not unique or keys.n_unique() == len(keys), "a sample was selected twice"
+    each = picked[0].select("key", *({"epoch"} & set(picked[0].columns)))
+    assert not unique or each.n_unique() == len(keys), "a sample was selected twice"
     assert picked[0].equals(picked[1]), "the same seed selected different samples; draw from `rng` only"
     if "weight" in picked[0].columns:
         weight = picked[0]["weight"]
         assert weight.is_finite().all() and (weight >= 0).all(), "weights must be finite and not negative"
+
+
+def check_drift_metric(metric: str | DriftMetric, *, columns: int = 4, rows: int = 1000) -> None:
+    """Check that a drift metric is a distance of two sets, whatever the order of their rows, and nothing else.
+
+    The sets are standard normal, the current one moved along its first column.
+
+    Parameters
+    ----------
+    metric : str or callable
+        A name of `dynkit.drift.METRICS`, or a callable ``(reference, current) -> float``.
+    columns : int
+        Of both sets.
+    rows : int
+        Of the reference; the current set has four fifths of it.
+
+    Raises
+    ------
+    AssertionError
+        With what differed.
+    """
+    import torch  # not needed to check triggers and selections
+
+    from dynkit.drift import resolve
+
+    measure, rng = resolve(metric), np.random.default_rng(7)
+    x, y = (torch.from_numpy(rng.normal(size=(n, columns))) for n in (rows, 4 * rows // 5))
+    step = torch.eye(columns, dtype=torch.float64)[0]
+    before = x.clone(), y.clone()
+
+    def score(reference: torch.Tensor, current: torch.Tensor) -> float:
+        value = float(measure(reference, current))
+        assert np.isfinite(value), f"the score is {value}; expected a finite number"
+        return value
+
+    far, near, new, same = score(x, y + 2 * step), score(x, y + step), score(x, y), score(x, x.clone())
+    assert far > near > new, f"moved by 2, 1 and 0 deviations: {far:g}, {near:g}, {new:g}; further must be larger"
+    assert abs(same) < far / 10, f"the reference itself is at {same:g}, where {far:g} is far; the same must be near 0"
+    assert score(x, y + 2 * step) == far, "called again, the score differs; draw from a seed of the metric's own"
+    shuffled = score(
+        x[torch.from_numpy(rng.permutation(len(x)))], (y + 2 * step)[torch.from_numpy(rng.permutation(len(y)))]
+    )
+    assert abs(shuffled - far) < far / 2, f"the rows in another order give {shuffled:g} in place of {far:g}"
+    swapped = score(y + 2 * step, x)
+    assert far / 3 < swapped < 3 * far, f"reference and current exchanged give {swapped:g} in place of {far:g}"
+    single = score(x.float(), (y + 2 * step).float())
+    assert abs(single - far) < far / 20, f"float32 gives {single:g} in place of {far:g}"
+    assert torch.equal(x, before[0]) and torch.equal(y, before[1]), "the metric changed its input"

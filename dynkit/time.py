@@ -13,7 +13,7 @@ import polars as pl
 
 from dynkit.errors import InvalidInput
 
-__all__ = ["Instant", "IntArray", "boundaries", "check_duration", "period_index", "to_datetime", "to_ns"]
+__all__ = ["Instant", "IntArray", "boundaries", "check_duration", "period_index", "to_datetime", "to_ns", "to_seconds"]
 
 Instant = dt.datetime | dt.date | str
 IntArray = np.ndarray[tuple[int], np.dtype[np.int64]]
@@ -63,6 +63,18 @@ def to_datetime(ns: int) -> dt.datetime:
 def check_duration(duration: str, what: str) -> None:
     """Raise InvalidInput unless `duration` is one; `what` names the parameter in the message."""
     _parse(duration, what)
+
+
+def to_seconds(duration: str, what: str) -> float:
+    """Seconds of a duration that does not follow the calendar; `what` names the parameter in the message.
+
+    >>> to_seconds("1m30s", "pause")
+    90.0
+    """
+    fixed_ns, _ = _parse(duration, what)
+    if not fixed_ns:
+        raise InvalidInput(f"{what}: {duration!r} follows the calendar; write it like '4w' or '30s'")
+    return fixed_ns / 1e9
 
 
 def _parse(duration: str, what: str = "duration") -> tuple[int, int]:

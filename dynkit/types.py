@@ -7,17 +7,18 @@ built-in ones and a user's own function have in common.
 import datetime as dt
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 import polars as pl
 
-from dynkit.time import to_datetime
+from dynkit.time import IntArray, to_datetime
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = [
+    "BatchSelection",
     "DriftMetric",
     "Event",
     "Metric",
@@ -139,11 +140,43 @@ class RunView(Protocol):
         """The triggers so far, oldest first."""
 
     @property
+    def past(self) -> pl.DataFrame:
+        """Samples seen before `new`, in replay order: columns as `new` has them."""
+
+    @property
     def model(self) -> "torch.nn.Module | None":
         """The newest model, on the run's device in evaluation mode; None before the first trigger."""
 
+    @property
+    def epochs(self) -> int:
+        """Number of passes that a training of the pipeline makes over its samples."""
+
+    def arrived(self, keys: Any) -> IntArray:
+        """Return the index of the trigger that was the first to see each sample (N,); see `Trained`."""
+
+    def held_out(self, table: pl.DataFrame) -> "np.ndarray[Any, np.dtype[np.bool_]]":
+        """Which rows of a table no training may see, because a holdout of the dataset has them (N,) bool."""
+
     def read(self, keys: Any) -> "dict[str, torch.Tensor]":
         """Fields and labels of these samples, in this order."""
+
+    def predict(self, keys: Any, *, model: "torch.nn.Module | None" = None) -> "torch.Tensor":
+        """Return outputs of a model (the newest) for these samples (N, ...), on the CPU."""
+
+    def score(self, kind: str, keys: Any, *, model: "torch.nn.Module | None" = None) -> "torch.Tensor":
+        """Score these samples by a model (the newest), (N,); kinds as in `dynkit.training.scores.per_sample`."""
+
+    def embed(self, keys: Any, *, model: "torch.nn.Module | None" = None) -> "torch.Tensor":
+        """Return what goes into the last linear layer of a model (the newest) for these samples (N, D)."""
+
+    def gradients(self, keys: Any, *, model: "torch.nn.Module | None" = None) -> "torch.Tensor":
+        """Return gradients of the samples' losses by the outputs of a model (the newest), (N, C)."""
+
+    def fit(self, keys: Any, *, seed: int) -> "torch.nn.Module":
+        """Train a fresh model on these samples, as the pipeline trains; it is not stored."""
+
+    def report(self, position: int, **numbers: Any) -> None:
+        """Record as an event what a trigger saw after row `position` of `new`: score, threshold, whether it fired."""
 
 
 class Trigger(Protocol):
@@ -156,6 +189,17 @@ class Selection(Protocol):
     """Decides which samples of `pool` to train on: keys, or a frame with columns key and weight."""
 
     def __call__(self, pool: pl.DataFrame, run: RunView, rng: np.random.Generator, /) -> Any: ...
+
+
+class BatchSelection(Protocol):
+    """Decides by their scores which samples of a batch to train on; `kind` as in `dynkit.training.scores`."""
+
+    @property
+    def kind(self) -> Literal["loss", "grad_norm", "margin", "least_confidence", "entropy"]:
+        """Which score."""
+
+    def choose(self, scores: "torch.Tensor", rng: "torch.Generator", /) -> "tuple[torch.Tensor, torch.Tensor | None]":
+        """Rows (k,) int64 out of scores (N,), and their weights (k,) or None for equal ones."""
 
 
 class Windows(Protocol):

@@ -15,6 +15,7 @@ from dynkit.lineage import Lineage
 from dynkit.models import ModelStore
 from dynkit.pipeline import Pipeline, Run, Runs
 from dynkit.pipeline.recipe import Recipe
+from dynkit.pipeline.run import find
 
 __all__ = ["Workspace"]
 
@@ -194,9 +195,4 @@ class Workspace:
 
     def find(self, pipeline: Pipeline) -> Run | None:
         """Return the newest run of an equal pipeline on the same samples that is going, done or can go on, if any."""
-        runs = tables.runs
-        query = sa.select(runs.c.id).where(runs.c.digest == pipeline.digest()).order_by(runs.c.created_ns.desc())
-        with self.catalog.read() as connection:
-            ids = connection.scalars(query).all()
-        found = (Run(self.catalog, id) for id in ids)
-        return next((run for run in found if run.status in ("running", "paused", "interrupted", "finished")), None)
+        return find(self.catalog, pipeline.digest())

@@ -74,6 +74,21 @@ def test_the_guide_of_drift_says_what_it_prints() -> None:
     assert said[2].low < said[2].estimate < said[2].high
 
 
+@pytest.mark.parametrize("guide", ["when-to-train.md", "write-a-policy.md"])
+def test_the_guides_of_policies_run(guide: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {"__name__": "__main__"}
+    for block in blocks_of(guide):
+        exec(block, names)
+    run = names["run"]
+    assert isinstance(run, dk.Run)
+    assert run.status == "finished", run.error
+    assert len(run.trained) > 1
+    assert run.decisions().height > 5
+    if "sweep" in names:
+        assert [one.status for one in names["sweep"].runs] == ["finished"] * 4  # type: ignore[attr-defined]
+
+
 def test_the_guide_of_models_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}

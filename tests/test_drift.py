@@ -17,7 +17,7 @@ from scipy.spatial.distance import cdist, jensenshannon
 
 import dynkit as dk
 from dynkit.drift.columns import ks_p_values
-from dynkit.drift.metrics import _median_square
+from dynkit.drift.kernels import median_square
 from dynkit.errors import InvalidInput, NotFound, PolicyError
 
 METRICS = ["mmd", "energy", "sliced_wasserstein", "c2st", "ks"]
@@ -387,9 +387,8 @@ def test_the_band_holds_the_accuracy_as_often_as_it_says() -> None:
     for seed in range(100):
         rng = np.random.default_rng(seed)
         p, labels = probabilities(600, rng)
-        q, _ = probabilities(600, rng)
-        expected = probabilities(60_000, np.random.default_rng(10_000))
-        accuracy = (expected[0].argmax(1) == expected[1]).mean()
+        q, truth = probabilities(200, rng)
+        accuracy = (q.argmax(1) == truth).mean()
         found = dk.drift.estimate_accuracy(p, labels, q, seed=seed, resamples=100)
         held.append(found.low <= accuracy <= found.high)
     assert np.mean(held) >= 0.88
@@ -471,7 +470,7 @@ print(next(int(line.split()[1]) for line in open("/proc/self/status") if line.st
 
 def test_the_bandwidth_is_the_median_of_both_sets() -> None:
     x, y = (torch.from_numpy(part) for part in two(5000, 1000, 2, 3.0))
-    some = _median_square(x, y, np.random.default_rng(0))
+    some = median_square(x, y, np.random.default_rng(0))
     assert some == pytest.approx(float(torch.pdist(torch.cat([x, y])[::3]).square().median()), rel=0.1)
 
 

@@ -1,6 +1,7 @@
 """Metrics against scikit-learn, composites against their definition by brute force, the matrix against a plain loop."""
 
 import datetime as dt
+import itertools
 from itertools import pairwise
 
 import numpy as np
@@ -15,8 +16,8 @@ from torch import nn
 
 import dynkit as dk
 from dynkit import testing
-from dynkit.errors import InvalidInput, TrainingError
-from dynkit.evaluation import composite, evaluate, mean_scores, shared
+from dynkit.errors import InvalidInput, NotFound, TrainingError
+from dynkit.evaluation import composite, evaluate, mean_scores, shared, transfer
 from dynkit.evaluation.metrics import F1, Accuracy, Mae, Metric, Rmse, RocAuc, Scores, TopK, metric_name, resolve_metric
 from dynkit.types import Trained, Window
 
@@ -204,14 +205,15 @@ def test_the_matrix_is_what_a_plain_loop_finds(dataset: dk.Dataset) -> None:
         )
     )
     frame = make_frame()
-    for window, samples, scores in found[:-1]:
+    for window, scored_in in found[:-1]:
+        samples, scores = scored_in[""]
         inside = frame.filter(pl.col("when").dt.epoch("ns").is_between(window.start_ns, window.end_ns, closed="left"))
         x = torch.tensor(inside.select("a", "b", "c").to_numpy(), dtype=torch.float32)
         assert samples == inside.height
         for name, model in models.items():
             right = (model.eval()(x).argmax(1).numpy() == inside["late"].to_numpy()).mean()
             assert scores[name]["accuracy"] == pytest.approx(right)
-    assert found[-1][1:] == (0, {})
+    assert found[-1][1] == {"": (0, {})}
 
 
 def test_every_window_is_read_once_for_all_models(dataset: dk.Dataset) -> None:
@@ -279,3 +281,199 @@ def test_a_regression_runs_through(ws: dk.Workspace) -> None:
     )
     assert run.composite()["value"].max() < 0.1
     assert run.composite()["metric"].unique(maintain_order=True).to_list() == ["rmse", "mae"]
+
+
+# ---- forgetting and transfer ----
+
+
+def table_of(values: list[list[float | None]], starts: list[int], metric: str = "accuracy") -> pl.DataFrame:
+    """Scores of models m0, m1, ... (rows) in windows that begin at these instants (columns)."""
+    rows = [(s, s + 5, f"m{i}", metric, v) for i, row in enumerate(values) for s, v in zip(starts, row, strict=True)]
+    frame = pl.DataFrame(rows, schema=["window_start", "window_end", "model", "metric", "value"], orient="row")
+    times = pl.from_epoch(pl.col("window_start", "window_end"), time_unit="ns").dt.replace_time_zone("UTC")
+    return frame.with_columns(times, pl.col("value").cast(pl.Float64))
+
+
+def triggers_at(last: list[int]) -> list[Trained]:
+    return [Trained(i, 0, ns, f"m{i}", 1, 0.0) for i, ns in enumerate(last)]
+
+
+def test_transfer_is_that_of_the_papers_where_each_window_is_a_task() -> None:
+    scores = [[0.9, 0.3, 0.2], [0.6, 0.8, 0.4], [0.5, 0.9, 0.7]]
+    found = transfer(table_of(scores, [0, 10, 20]), triggers_at([4, 14, 24]), baseline={"accuracy": 0.1})
+    assert found["index"].to_list() == [0, 1, 2]
+    assert found["model"].to_list() == ["m0", "m1", "m2"]
+    # by hand, R[i, j] the score on task j after task i
+    assert found["backward"].to_list() == [None, pytest.approx(0.6 - 0.9), pytest.approx((0.5 - 0.9 + 0.9 - 0.8) / 2)]
+    assert found["forgetting"].to_list() == [None, pytest.approx(0.9 - 0.6), pytest.approx((0.9 - 0.5 + 0.8 - 0.9) / 2)]
+    assert found["forward"].to_list() == [None, pytest.approx(0.3 - 0.1), pytest.approx((0.3 - 0.1 + 0.4 - 0.1) / 2)]
+
+
+def test_forward_transfer_without_a_baseline_is_over_the_first_model() -> None:
+    scores = [[0.9, 0.3, 0.2, 0.1], [0.6, 0.8, 0.4, 0.5], [0.5, 0.9, 0.7, 0.6], [0.5, 0.9, 0.7, 0.9]]
+    found = transfer(table_of(scores, [0, 10, 20, 30]), triggers_at([4, 14, 24, 34]))
+    expected = [None, None, 0.4 - 0.2, (0.4 - 0.2 + 0.6 - 0.1) / 2]
+    assert found["forward"].to_list() == [None if e is None else pytest.approx(e) for e in expected]
+
+
+def test_windows_that_no_training_reached_do_not_count_and_several_may_be_learned_at_once() -> None:
+    # windows 0 and 10 are learned by model 0, none by 1 (it adds nothing new), 20 by model 2, 30 by none
+    scores = [[0.5, 0.7, 0.1, 0.1], [0.6, 0.6, 0.2, 0.1], [0.7, 0.2, 0.9, 0.1]]
+    found = transfer(table_of(scores, [0, 10, 20, 30]), triggers_at([12, 14, 22]), baseline={"accuracy": 0.0})
+    assert found["backward"].to_list() == [None, pytest.approx((0.1 - 0.1) / 2), pytest.approx((0.2 - 0.5) / 2)]
+    assert found["forgetting"].to_list() == [None, pytest.approx((-0.1 + 0.1) / 2), pytest.approx((-0.1 + 0.5) / 2)]
+    assert found["forward"].to_list() == [None, None, pytest.approx(0.2)]
+
+
+def test_of_errors_less_is_a_gain_and_undefined_scores_are_passed_over() -> None:
+    frame = table_of([[1.0, None], [3.0, 2.0], [4.0, 1.0]], [0, 10], "rmse")
+    found = transfer(frame, triggers_at([4, 14, 24]), baseline={"rmse": 9.0})
+    assert found["backward"].to_list() == [None, -2.0, pytest.approx((-3.0 + 1.0) / 2)]
+    assert found["forgetting"].to_list() == [None, 2.0, pytest.approx((3.0 - 1.0) / 2)]
+    assert found["forward"].to_list() == [None, None, None]
+    assert transfer(frame, triggers_at([4, 14, 24]), errors=())["backward"].to_list()[1] == 2.0
+
+
+@given(st.integers(1, 6), st.integers(1, 6), st.integers(0, 10**6), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_transfer_is_its_definition(models: int, windows: int, seed: int, with_baseline: bool) -> None:
+    rng = np.random.default_rng(seed)
+    scores = [
+        [None if rng.random() < 0.1 else round(float(v), 3) for v in row] for row in rng.random((models, windows))
+    ]
+    starts = sorted(rng.choice(60, windows, replace=False).tolist())
+    last = sorted(rng.integers(0, 60, models).tolist())
+    found = transfer(
+        table_of(scores, starts), triggers_at(last), baseline={"accuracy": 0.25} if with_baseline else None
+    )
+
+    def mean(values: list[float | None]) -> object:
+        known = [v for v in values if v is not None]
+        return pytest.approx(sum(known) / len(known)) if known else None
+
+    def minus(a: float | None, b: float | None) -> float | None:
+        return None if a is None or b is None else a - b
+
+    learned = {w: min((j for j in range(models) if last[j] >= s), default=None) for w, s in enumerate(starts)}
+    for k in range(models):
+        old = [w for w, j in learned.items() if j is not None and j < k]
+        best = {w: max((scores[j][w] for j in range(k) if scores[j][w] is not None), default=None) for w in old}  # type: ignore[type-var]
+        ahead = [w for w, j in learned.items() if j is not None and (1 if with_baseline else 2) <= j <= k]
+        row = found.row(k, named=True)
+        assert row["backward"] == mean([minus(scores[k][w], scores[learned[w]][w]) for w in old])
+        assert row["forgetting"] == mean([minus(best[w], scores[k][w]) for w in old])
+        base = {w: 0.25 if with_baseline else scores[0][w] for w in ahead}
+        assert row["forward"] == mean([minus(scores[learned[w] - 1][w], base[w]) for w in ahead])
+
+
+def test_transfer_of_nothing_is_empty_and_a_baseline_must_be_of_a_metric() -> None:
+    assert transfer(table_of([], []), []).height == 0
+    assert transfer(table_of([[0.5]], [0]), []).height == 0
+    with pytest.raises(InvalidInput, match="did you mean 'accuracy'"):
+        transfer(table_of([[0.5]], [0]), triggers_at([1]), baseline={"acuracy": 0.5})
+
+
+def test_one_model_of_two_triggers_has_a_row_for_each() -> None:
+    trained = [Trained(0, 0, 4, "m0", 1, 0.0), Trained(1, 0, 14, "m0", 1, 0.0)]
+    found = transfer(table_of([[0.5, 0.25]], [0, 10]), trained, baseline={"accuracy": 0.0})
+    assert found["backward"].to_list() == [None, 0.0]
+    assert found["forward"].to_list() == [None, 0.25]
+
+
+# ---- slices ----
+
+
+def sliced(ws: dk.Workspace, **changes: object) -> dk.Run:
+    places = np.array(["hall", "yard", None], dtype=object)[np.random.default_rng(5).integers(0, 3, 3000)]
+    frame = make_frame().with_columns(place=pl.Series(places.tolist(), dtype=pl.String))
+    dataset = ws.ingest("placed", frame, timestamp="when", label="late", features=["a", "b", "c"])
+    evaluation = dk.Evaluation(
+        windows=dk.windows.Tumbling("3d"), metrics=["accuracy", "roc_auc"], slices=["place", "label"], batch_size=100
+    )
+    return replayed(make_pipeline(dataset, **{"evaluation": evaluation, **changes}))
+
+
+def test_slices_are_what_a_plain_loop_finds(ws: dk.Workspace) -> None:
+    run = sliced(ws)
+    dataset = ws.dataset("placed")
+    table, values = dataset.table(), dataset.read(dataset.keys())
+    names = [f"place={place}" for place in ("hall", "yard", "null")] + ["label=0", "label=1"]
+    assert sorted(run.slices()["slice"].unique()) == sorted(names)
+    for index, name in itertools.product((0, 4), names):
+        column, _, value = name.partition("=")
+        model = make_model().eval()
+        model.load_state_dict(ws.models.load(run.trained[index].model))
+        scores = run.matrix(name).filter(model=run.trained[index].model, metric="accuracy")
+        scores = scores.with_columns(
+            start=pl.col("window_start").dt.epoch("ns"), end=pl.col("window_end").dt.epoch("ns")
+        )
+        assert scores.height == 7
+        for row in scores.iter_rows(named=True):
+            inside = table["timestamp"].dt.epoch("ns").is_between(row["start"], row["end"], closed="left")
+            inside &= table[column].cast(pl.String).fill_null("null") == value
+            x, y = values["x"][inside.to_numpy()], values["label"][inside.to_numpy()]
+            assert row["value"] == pytest.approx((model(x).argmax(1) == y).float().mean().item())
+    assert run.matrix("label=1").filter(metric="roc_auc")["value"].null_count() == 6 * 7
+    assert "roc_auc" not in run.slices().filter(slice="label=1")["metric"].to_list()
+
+
+def test_slices_leave_all_else_as_it_was(ws: dk.Workspace) -> None:
+    run = sliced(ws)
+    plain = replayed(
+        make_pipeline(
+            ws.dataset("placed"),
+            evaluation=dk.Evaluation(windows=dk.windows.Tumbling("3d"), metrics=["accuracy", "roc_auc"]),
+        )
+    )
+    for read in (dk.Run.matrix, dk.Run.composite, dk.Run.scores, dk.Run.transfer):
+        assert read(run).equals(read(plain))
+    assert dk.compare([run]).frame["windows"].to_list() == dk.compare([plain]).frame["windows"].to_list()
+    a, b = (one.model for one in run.trained[:2])
+    assert ws.lineage.show(a).metrics.filter(run=run.id)["windows"].unique().to_list() == [7]
+    difference = dict(ws.lineage.diff(a, b).scores.select("name", "difference").iter_rows())
+    means = run.matrix().group_by("model", "metric").agg(pl.col("value").mean())
+    expected = {
+        row["metric"]: row["b"] - row["a"]
+        for row in means.pivot("model", index="metric", values="value").select("metric", a=a, b=b).to_dicts()
+    }
+    assert difference == pytest.approx(expected)
+    assert dk.plots.matrix(run.matrix("place=hall")).svg().startswith("<svg")
+    assert plain.slices().height == 0
+    parts = run.slices().filter(pl.col("slice").str.starts_with("place"), metric="accuracy")
+    windows = run.composite().filter(metric="accuracy")["window_start"]
+    table = ws.dataset("placed").table()
+    assert parts["samples"].sum() == (table["timestamp"] >= windows.min()).sum()
+
+
+def test_wrong_slices_are_named(ws: dk.Workspace, dataset: dk.Dataset) -> None:
+    run = sliced(ws)
+    with pytest.raises(NotFound, match="no slice 'place=hal'; did you mean 'place=hall'"):
+        run.matrix("place=hal")
+    with pytest.raises(NotFound, match=r"no slice 'place=hall'; name its column in Evaluation\(slices="):
+        replayed(make_pipeline(dataset)).composite(slice="place=hall")
+    for slices, message in (
+        (["plaec"], "no column of 'placed'; did you mean 'place'"),
+        (["number"], "of Float64; expected texts"),
+        (["id"], "'id' of 3000 values; at most 1000"),
+    ):
+        frame = make_frame().with_columns(place=pl.lit("here"), number=pl.col("a") * 2, id=pl.int_range(3000))
+        other = ws.ingest(f"other{len(message)}", frame, timestamp="when", label="late", features=["a", "b", "c"])
+        with pytest.raises(InvalidInput, match=message.replace("'placed'", "'other[0-9]+'")):
+            make_pipeline(other, evaluation=dk.Evaluation(slices=slices))
+    with pytest.raises(InvalidInput, match="slices='place' must be a list"):
+        dk.Evaluation(slices="place")
+
+
+def test_a_run_interrupted_between_windows_ends_with_the_same_slices(ws: dk.Workspace) -> None:
+    whole = sliced(ws)
+    dataset = ws.dataset("placed")
+    evaluation = dk.Evaluation(windows=dk.windows.Tumbling("3d"), slices=["place"], batch_size=100)
+    evaluated = 0
+    for event in make_pipeline(dataset, evaluation=evaluation).replay():
+        evaluated += event.kind == "evaluated"
+        if evaluated == 2:
+            break
+    run = ws.run(event.run)
+    assert run.resume().wait(60) == "finished"
+    expected = whole.slices().filter(pl.col("slice").str.starts_with("place"), metric="accuracy")
+    assert run.slices().equals(expected)

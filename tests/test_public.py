@@ -20,10 +20,16 @@ def test_public_names_are_these() -> None:
         "compare",
         "drift",
         "errors",
+        "guard",
         "metrics",
         "plots",
         "selection",
+        "streams",
+        "sweep",
+        "testing",
+        "training",
         "triggers",
+        "what_if",
         "windows",
     ]
     assert all(getattr(dk, name) is not None for name in dk.__all__)

@@ -59,6 +59,47 @@ def test_yaml_is_the_python_constructors_spelled_differently(ws: dk.Workspace, d
         ("{amount: {n: 500}}", "{amount: 500}", lambda p: p.trigger == dk.triggers.Amount(500)),
         ("{amount: {n: 500}}", "{amount: $n}", lambda p: p.trigger == dk.triggers.Amount(5)),
         ("{amount: {n: 500}}", "own_trigger", lambda p: p.trigger is own_trigger),
+        (
+            "{amount: {n: 500}}",
+            "{drift: {metric: mmd, every: 5000, criterion: {threshold: 0.1}, on: fields, reference: 4d}}",
+            lambda p: (
+                p.trigger
+                == dk.triggers.Drift(every=5000, criterion=dk.drift.Threshold(0.1), on="fields", reference="4d")
+            ),
+        ),
+        (
+            "{amount: {n: 500}}",
+            "{drift: {metric: {energy: {rows: 100}}, on: own_trigger, warmup: {amount: 5}, warmup_looks: 3}}",
+            lambda p: (
+                p.trigger
+                == dk.triggers.Drift(dk.drift.Energy(100), on=own_trigger, warmup=dk.triggers.Amount(5), warmup_looks=3)
+            ),
+        ),
+        (
+            "{amount: {n: 500}}",
+            "{any_of: [{amount: 5}, {all_of: [{time: 1d}, own_trigger]}]}",
+            lambda p: (
+                p.trigger
+                == dk.triggers.any_of(
+                    dk.triggers.Amount(5), dk.triggers.all_of(dk.triggers.Time("1d"), own_trigger)
+                )
+            ),
+        ),
+        (
+            "{amount: {n: 500}}",
+            "{performance: {metric: roc_auc, criterion: {dynamic_quantile: 0.1}, mode: lookahead}}",
+            lambda p: (
+                p.trigger
+                == dk.triggers.Performance(
+                    "roc_auc", criterion=dk.drift.DynamicQuantile(0.1), mode="lookahead"
+                )
+            ),
+        ),
+        (
+            "{amount: {n: 500}}",
+            "{cost: {rate: 10.0, training_s: own_trigger}}",
+            lambda p: p.trigger == dk.triggers.Cost(10.0, training_s=own_trigger),
+        ),
         ("{amount: {n: 500}}", "test_spec:own_trigger", lambda p: p.trigger is own_trigger),
         ("{amount: {n: 500}}", "{'dynkit.triggers:Time': {every: 1mo}}", lambda p: p.trigger == dk.triggers.Time("1mo")),
         ("{amount: {n: 500}}", "{time: {every: 30d, start: 2013-01-01}}", lambda p: p.trigger.start == "2013-01-01"),
@@ -68,6 +109,7 @@ def test_yaml_is_the_python_constructors_spelled_differently(ws: dk.Workspace, d
         ("model: make_model", "model: {torch.nn:Linear: {in_features: 3, out_features: 2}}", lambda p: p.model().in_features == 3),
         ("{tumbling: 3d}", "between_triggers", lambda p: p.evaluation.windows == dk.windows.BetweenTriggers()),
         ("[accuracy, roc_auc]", "[top_3, {f1: {average: micro}}]", lambda p: p.evaluation.metrics[1].average == "micro"),
+        ("[accuracy, roc_auc]", "[accuracy]\n  slices: [label]", lambda p: p.evaluation.slices == ["label"]),
         ("lr: 1e-2", "lr: $rate", lambda p: p.training.lr == 0.1),
         ("lr: 1e-2", "optimizer: sgd, schedule: cosine, loss: own_trigger", lambda p: p.training.loss is own_trigger),
         ("epochs: 1", "patience: 2, validation: 0.1, grad_clip: null", lambda p: p.training.patience == 2),
@@ -111,6 +153,12 @@ def test_the_device_and_name_may_come_from_outside(ws: dk.Workspace, dataset: dk
             "{amont: {n: 500}}",
             r"line 3: trigger: trigger 'amont' is not known; did you mean 'amount'\?",
         ),
+        ("{amount: {n: 500}}", "{drift: {metric: mmmd}}", r"line 3: trigger.drift.*'mmmd'.*'mmd'"),
+        ("{amount: {n: 500}}", "{drift: {criterion: {treshold: 1}}}", r"did you mean 'threshold'"),
+        ("{amount: {n: 500}}", "{drift: {criterion: {threshold: high}}}", r"line 3: trigger.drift.criterion.threshold"),
+        ("{amount: {n: 500}}", "{any_of: {amount: 5}}", r"line 3: trigger.any_of: .* is not a list of triggers"),
+        ("{amount: {n: 500}}", "{any_of: [{amont: 5}]}", r"line 3: trigger.any_of.0.*did you mean 'amount'"),
+        ("{amount: {n: 500}}", "{at_least: {n: 3, triggers: [{amount: 5}]}}", r"n=3 votes cannot come from 1"),
         ("{amount: {n: 500}}", "{amount: {m: 500}}", r"line 3: trigger.amount.m: key 'm' is not known; "),
         (
             "{amount: {n: 500}}",
@@ -122,7 +170,7 @@ def test_the_device_and_name_may_come_from_outside(ws: dk.Workspace, dataset: dk
             "{amount: {n: 0.5}}",
             r"line 3: trigger.amount.n: 0.5 is not valid; expected a whole number",
         ),
-        ("{amount: {n: 500}}", "{amount: -1}", r"line 3: trigger.amount: n=-1 must be a whole number of samples"),
+        ("{amount: {n: 500}}", "{amount: -1}", r"line 3: trigger.amount: n=-1 must be a whole number, at least 1"),
         ("{amount: {n: 500}}", "{amount: 5, time: 3d}", r"line 3: trigger: 2 keys \(amount, time\) is not one trigger"),
         ("{amount: {n: 500}}", "[amount]", r"line 3: trigger: \['amount'\] is not one trigger; expected a name"),
         (
@@ -143,7 +191,7 @@ def test_the_device_and_name_may_come_from_outside(ws: dk.Workspace, dataset: dk
         (
             "{amount: {n: 500}}",
             "zzz",
-            r"line 3: trigger: trigger 'zzz' is not known; expected one of amount, time, a notebook's",
+            r"line 3: trigger: trigger 'zzz' is not known; expected one of amount, time, drift, performance, cost, at_least, any_of, all_of, majority, a notebook's",
         ),
         ("{amount: {n: 500}}", "n", r"line 3: trigger: 'n' is 5, not a function"),
         ("{amount: {n: 500}}", "make_model", r"line 3: .*trigger=make_model cannot be called with \(new, run\)"),
@@ -156,10 +204,12 @@ def test_the_device_and_name_may_come_from_outside(ws: dk.Workspace, dataset: dk
         ("{amount: {n: 500}}", "{amount: $m}", r"line 3: trigger.amount: '\$m': no variable 'm' in the notebook"),
         ("0.8", "1.8", r"line 4: selection.random.fraction: fraction=1.8 must be in \(0, 1\]"),
         ("0.8", "0.8, n: 3", r"line 4: selection.random: give either fraction or n"),
-        ("{random: {fraction: 0.8}}", "{new: 3}", r"line 4: selection.new: new takes no parameters, not 3"),
+        ("{random: {fraction: 0.8}}", "{all: 3}", r"line 4: selection.all: all takes no parameters, not 3"),
         ("3d", "3x", r"line 7: evaluation.windows.tumbling: every: '3x' is not a duration"),
         ("accuracy", "acuracy", r"line 8: evaluation.metrics.0: .*'acuracy' is not known; did you mean 'accuracy'\?"),
         ("[accuracy, roc_auc]", "accuracy", r"line 8: evaluation.metrics: 'accuracy' is not a list"),
+        ("[accuracy, roc_auc]", "[accuracy]\n  slices: label", r"line 9: evaluation.slices: 'label' is not a list"),
+        ("[accuracy, roc_auc]", "[accuracy]\n  slices: [lable]", r"slices has 'lable', .*did you mean 'label'\?"),
         (
             "[accuracy, roc_auc]",
             "[accuracy, accuracy]",

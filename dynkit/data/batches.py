@@ -26,7 +26,7 @@ from dynkit.data.version import Version
 from dynkit.errors import InvalidInput, check_whole
 from dynkit.time import IntArray
 
-__all__ = ["Batch", "Batches", "length_of", "slice_batch"]
+__all__ = ["Batch", "Batches", "length_of", "slice_batch", "take_batch"]
 
 Batch = dict[str, torch.Tensor]
 
@@ -44,6 +44,14 @@ class _Plan(NamedTuple):
     reason: str
 
 
+class _Piece(NamedTuple):
+    """Samples to read at once: whole batches, or this process's shares of them."""
+
+    rows: IntArray
+    weights: torch.Tensor | None
+    sizes: IntArray  # of its batches
+
+
 class Batches:
     """The batches of one training or evaluation; each iteration is one epoch in a new order.
 
@@ -55,6 +63,8 @@ class Batches:
         Which ones.
     weights : (N,) float32 or None
         Added to each batch as ``weight``.
+    epochs : (N,) int64 or None
+        In which epoch, from 0, each sample is used, as many in every one; None: in all of them.
     batch_size : int
     shuffle : bool
         The order of epoch e depends on the seed and e only.
@@ -73,6 +83,9 @@ class Batches:
         cannot train on one.
     on_batch : callable, optional
         Called with the number of samples before each batch is handed out.
+    part : (int, int)
+        Rank and number of processes that share every batch. This one gets its share, in order; a batch with fewer than
+        two samples for each process goes to all of them whole. Sizes that are told are those of whole batches.
 
     Notes
     -----
@@ -89,11 +102,13 @@ class Batches:
         seed: int = 0,
         device: torch.device | str = "cpu",
         weights: "np.ndarray[tuple[int], np.dtype[np.float32]] | None" = None,
+        epochs: IntArray | None = None,
         transform: Callable[[Batch], Batch] | None = None,
         fields: "list[str] | tuple[str, ...] | None" = None,
         cache_bytes: int | None = None,
         last: str = "keep",
         on_batch: Callable[[int], None] | None = None,
+        part: tuple[int, int] = (0, 1),
     ) -> None:
         check_whole("batch_size", batch_size, 1)
         if fields is not None and not fields:
@@ -106,6 +121,9 @@ class Batches:
         self._version = version
         self._keys = keys
         self._weights = None if weights is None else torch.from_numpy(weights)
+        self._by_epoch = (
+            None if epochs is None else np.argsort(epochs, kind="stable").reshape(int(epochs.max()) + 1, -1)
+        )
         self._batch_size = batch_size
         self._shuffle = shuffle
         self._seed = seed
@@ -115,16 +133,46 @@ class Batches:
         self._cache_bytes = cache_bytes
         self._last = last
         self._on_batch = on_batch
+        self._part = part
         self._epoch = 0
+        self._start = 0  # batch that the next iteration begins at
         self.passed = 0  # samples handed out so far, all epochs together
 
     def __len__(self) -> int:
-        return sum(1 for _ in self._spans(len(self._keys)))
+        return len(self._edges) - 1
 
     @property
     def samples(self) -> int:
         """Number of samples of one epoch."""
-        return len(self._keys)
+        return len(self._keys) if self._by_epoch is None else int(self._by_epoch.shape[1])
+
+    def seek(self, epoch: int, batch: int) -> None:
+        """Make the next iteration be what is left of an epoch from a batch on, as if those before were handed out."""
+        self._epoch, self._start = epoch, batch
+        passed = int(epoch * self._edges[-1] + self._edges[batch])
+        if self._on_batch is not None:
+            self._on_batch(passed - self.passed)
+        self.passed = passed
+
+    @cached_property
+    def _edges(self) -> IntArray:
+        """Where batches begin in the order of an epoch, and where the last one ends."""
+        n, size = self.samples, self._batch_size
+        edges = np.append(np.arange(0, n, size), n)
+        if self._last == "join" and len(edges) > 2 and size > 1 and edges[-1] - edges[-2] == 1:
+            edges = np.delete(edges, -2)
+        if self._last == "drop" and len(edges) > 1 and edges[-1] - edges[-2] < size:
+            edges = edges[:-1]
+        return edges.astype(np.int64)
+
+    @cached_property
+    def _shares(self) -> tuple[IntArray, IntArray]:
+        """Where the share of this process begins in each batch, and how large it is."""
+        rank, ranks = self._part
+        low, size = self._edges[:-1], np.diff(self._edges)
+        begin, end = size * rank // ranks, size * (rank + 1) // ranks
+        shared = size >= 2 * ranks
+        return low + np.where(shared, begin, 0), np.where(shared, end - begin, size)
 
     def explain(self) -> str:
         """Say how samples are read, and why."""
@@ -157,13 +205,18 @@ class Batches:
         return _Plan(windowed, self._batch_size * max(1, size_bytes // (row_bytes * self._batch_size)), reason)
 
     def __iter__(self) -> Iterator[Batch]:
+        start, (_, sizes) = self._start, self._shares
+        ends, whole = np.cumsum(sizes), np.diff(self._edges)
         for super_batch in self.super_batches():
-            spans = list(self._spans(length_of(super_batch)))
-            for (low, high), batch in zip(spans, _cut(super_batch, spans), strict=True):
+            before = int(ends[start - 1]) if start else 0
+            stop = int(np.searchsorted(ends, before + length_of(super_batch))) + 1
+            parts = _cut(super_batch, sizes[start:stop].tolist())
+            for samples, batch in zip(whole[start:stop].tolist(), parts, strict=True):
                 if self._on_batch is not None:
-                    self._on_batch(high - low)
-                self.passed += high - low
+                    self._on_batch(samples)
+                self.passed += samples
                 yield batch if self._transform is None else self._transform(batch)
+            start = stop
 
     def super_batches(self) -> Iterator[Batch]:
         """One epoch in pieces of several batches, each gathered at once, one piece ahead of its use."""
@@ -171,37 +224,41 @@ class Batches:
         if self._plan.windowed:
             batches = _ahead(partial(self._send, *piece) for piece in self._windows())
         elif images or self._device.type == "cuda":
-            batches = _ahead(partial(self._load, *piece) for piece in self._pieces(self._plan.rows))
+            batches = _ahead(partial(self._load, piece) for piece in self._pieces(self._plan.rows))
         else:
-            batches = _in_time(partial(self._load, *piece) for piece in self._pieces(self._plan.rows))
+            batches = _in_time(partial(self._load, piece) for piece in self._pieces(self._plan.rows))
         for batch in batches:
             if self._device.type == "cuda":  # tell the allocator who uses what the copying stream allocated
                 for part in (part for tensor in batch.values() for part in _parts(tensor)):
                     part.record_stream(torch.cuda.current_stream(self._device))
             yield batch
 
-    def _load(self, rows: IntArray, weights: torch.Tensor | None) -> Batch:
-        return self._send(self._stored(rows, self._version.memory), weights)
+    def _load(self, piece: _Piece) -> Batch:
+        return self._send(self._stored(piece.rows, self._version.memory), piece.weights)
 
-    def _pieces(self, size: int) -> Iterator[tuple[IntArray, torch.Tensor | None]]:
-        """Rows and weights in the order of this epoch, so many at a time."""
-        n = len(self._keys)
-        if self._last == "drop":
-            n -= n % self._batch_size
-        rows, weights = self._rows, self._weights
-        if self._shuffle:
-            order = self._order(self._epoch)
-            rows, weights = rows[order], None if weights is None else weights[torch.from_numpy(order)]
-        self._epoch += 1
-        for low, high in self._edges(n, size):
-            yield rows[low:high], None if weights is None else weights[low:high].clone()
+    def _pieces(self, rows: int) -> Iterator[_Piece]:
+        """Give the samples in the order of this epoch, about so many at a time."""
+        begins, sizes = (values[self._start :] for values in self._shares)
+        order = self._order(self._epoch)
+        self._epoch, self._start = self._epoch + 1, 0
+        for low, high in self._groups(len(sizes), rows):
+            places = self._places(begins[low:high], sizes[low:high])
+            some = places if order is None else order[places]
+            weights = None if self._weights is None else self._weights[some].clone()
+            yield _Piece(self._rows[some], weights, sizes[low:high])
 
-    def _edges(self, n: int, rows: int) -> list[tuple[int, int]]:
-        """Cut ``range(n)`` into pieces of several batches."""
-        edges = [(low, min(low + rows, n)) for low in range(0, n, rows)]
-        if self._last == "join" and len(edges) > 1 and self._batch_size > 1 and edges[-1][1] - edges[-1][0] == 1:
-            edges[-2:] = [(edges[-2][0], n)]
-        return edges
+    def _groups(self, batches: int, rows: int) -> list[tuple[int, int]]:
+        """Cut ``range(batches)`` into groups of about so many samples."""
+        step = max(1, rows // self._batch_size)
+        return [(low, min(low + step, batches)) for low in range(0, batches, step)]
+
+    def _places(self, begins: IntArray, sizes: IntArray) -> slice | IntArray:
+        """Places in the order of the epoch of some batches that follow each other."""
+        if self._part[1] == 1:
+            return slice(int(begins[0]), int(begins[-1] + sizes[-1]))
+        before = np.cumsum(sizes) - sizes
+        places: IntArray = np.repeat(begins - before, sizes) + np.arange(sizes.sum())
+        return places
 
     def _stored(self, rows: IntArray, memory: Memory) -> dict[str, Stored]:
         """Gather samples as they are stored."""
@@ -212,21 +269,22 @@ class Batches:
 
     def _windows(self) -> Iterator[tuple[dict[str, Stored], torch.Tensor | None]]:
         """Super-batches out of windows; a window is read while the one before is used."""
-        size = self._batch_size * max(1, _SUPER_BATCH_BYTES // (self._version.row_bytes * self._batch_size))
         memory = Memory()
 
-        def load(rows: IntArray, weights: torch.Tensor | None) -> tuple[dict[str, Stored], IntArray, Any]:
-            places = np.arange(len(rows))
+        def load(piece: _Piece) -> tuple[dict[str, Stored], IntArray, _Piece]:
+            rows, places = piece.rows, np.arange(len(piece.rows))
             if self._shuffle:
                 by_place = np.argsort(rows)  # neighbours are decoded together
                 rows, places[by_place] = rows[by_place], np.arange(len(rows))
-            return self._stored(rows, memory), places, weights
+            return self._stored(rows, memory), places, piece
 
-        for stored, places, weights in _ahead(partial(load, *piece) for piece in self._pieces(self._plan.rows)):
-            for low, high in self._edges(len(places), size):
+        for stored, places, piece in _ahead(partial(load, piece) for piece in self._pieces(self._plan.rows)):
+            ends = np.cumsum(piece.sizes).tolist()
+            for first, stop in self._groups(len(ends), _SUPER_BATCH_BYTES // self._version.row_bytes):
+                low, high = ends[first] - int(piece.sizes[first]), ends[stop - 1]
                 some = places[low:high]
                 part = {name: take_stored(name, values, some, self._version.memory) for name, values in stored.items()}
-                yield part, None if weights is None else weights[low:high]
+                yield part, None if piece.weights is None else piece.weights[low:high]
 
     def _send(self, stored: dict[str, Stored], weights: torch.Tensor | None) -> Batch:
         """Make a batch of stored samples, on the device."""
@@ -244,34 +302,26 @@ class Batches:
     def _copies(self) -> Any:
         return torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]  # torch has no types here
 
-    def _order(self, epoch: int) -> IntArray:
-        """Places in the selection in the order of an epoch."""
+    def _order(self, epoch: int) -> IntArray | None:
+        """Places in the selection in the order of an epoch; None: as they are."""
+        some = None if self._by_epoch is None else self._by_epoch[epoch % len(self._by_epoch)]
+        if not self._shuffle:
+            return some
         generator = torch.Generator().manual_seed((self._seed + epoch) % 2**63)
-        n = len(self._keys)
-        uniform: IntArray = torch.randperm(n, generator=generator).numpy()
-        if not self._plan.windowed or n <= self._plan.rows:
-            return uniform
-        chunk = self._version.chunk_of(self._rows)
-        rank = torch.randperm(int(chunk.max()) + 1, generator=generator).numpy()
-        by_chunk = np.argsort(rank[chunk], kind="stable")
-        window = np.arange(n) // self._plan.rows
-        order: IntArray = by_chunk[np.lexsort((uniform, window))]
-        return order
+        n = self.samples
+        order: IntArray = torch.randperm(n, generator=generator).numpy()
+        if self._plan.windowed and n > self._plan.rows:
+            chunk = self._version.chunk_of(self._rows if some is None else self._rows[some])
+            rank = torch.randperm(int(chunk.max()) + 1, generator=generator).numpy()
+            by_chunk = np.argsort(rank[chunk], kind="stable")
+            window = np.arange(n) // self._plan.rows
+            order = by_chunk[np.lexsort((order, window))]
+        return order if some is None else some[order]
 
     def keys(self) -> IntArray:
         """Keys in the order of the next epoch (N,)."""
-        return self._keys[self._order(self._epoch)] if self._shuffle else self._keys
-
-    def _spans(self, n: int) -> Iterator[tuple[int, int]]:
-        """Cut ``range(n)`` into batches."""
-        size = self._batch_size
-        for low in range(0, n, size):
-            if self._last == "join" and size > 1 and n - low == size + 1:
-                yield low, n
-                return
-            if self._last == "drop" and n - low < size:
-                return
-            yield low, min(low + size, n)
+        order = self._order(self._epoch)
+        return self._keys if order is None else self._keys[order]
 
 
 def length_of(batch: Batch) -> int:
@@ -303,19 +353,36 @@ def _in_time(tasks: Iterator[Callable[[], T]]) -> Iterator[T]:
             yield from _ahead(tasks)
 
 
-def _cut(batch: Batch, spans: list[tuple[int, int]]) -> Iterator[Batch]:
+def _cut(batch: Batch, sizes: list[int]) -> Iterator[Batch]:
     """Cut a batch into parts that follow each other."""
     if any(tensor.is_nested for tensor in batch.values()):
-        yield from (slice_batch(batch, low, high) for low, high in spans)
+        ends = np.cumsum(sizes).tolist()
+        yield from (slice_batch(batch, end - size, end) for size, end in zip(sizes, ends, strict=True))
     else:
-        sizes = [high - low for low, high in spans]
-        parts = [torch.split(tensor[: sum(sizes)], sizes) for tensor in batch.values()]
+        parts = [torch.split(tensor, sizes) for tensor in batch.values()]
         yield from (dict(zip(batch, part, strict=True)) for part in zip(*parts, strict=True))
 
 
 def slice_batch(batch: Batch, low: int, high: int) -> Batch:
     """Return samples `low` to `high` of a batch, without a copy."""
     return {name: _slice(tensor, low, high) for name, tensor in batch.items()}
+
+
+def take_batch(batch: Batch, rows: torch.Tensor) -> Batch:
+    """Return some samples of a batch, in the order of `rows`."""
+    return {name: _taken(tensor, rows) for name, tensor in batch.items()}
+
+
+def _taken(tensor: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Return some samples of a tensor, jagged or not."""
+    if not tensor.is_nested:
+        return tensor[rows]
+    offsets = tensor.offsets()  # type: ignore[attr-defined]  # of a jagged tensor
+    lengths = offsets.diff()[rows]
+    ends = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+    places = torch.repeat_interleave(offsets[rows] - ends[:-1], lengths)
+    values = tensor.values()[places + torch.arange(len(places), device=places.device)]
+    return torch.nested.nested_tensor_from_jagged(values, ends)
 
 
 def _parts(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:

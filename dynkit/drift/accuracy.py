@@ -31,7 +31,8 @@ class AccuracyEstimate:
     estimate : float
         Accuracy, from 0 to 1: the median of ATC, CBPE and DoC.
     low, high : float
-        95 % band of that median, by the bootstrap over reference and current samples.
+        95 % band of the accuracy that the labels of these samples will show, by the bootstrap over reference and
+        current samples, with the chance that is left in a label.
     methods : dict
         What each estimator says: ``atc``, ``cbpe``, ``doc`` and ``cot``.
     """
@@ -99,6 +100,7 @@ def estimate_accuracy(
     old_calibrated, new_calibrated = _scaled(p, temperature).max(1), _scaled(q, temperature).max(1)
     atc = _passing(old, right, new)
     cbpe, doc = float(new_calibrated.mean()), float(right.mean() - old.mean() + new.mean())
+    chance = float((new_calibrated * (1 - new_calibrated)).mean() / len(q)) ** 0.5  # of as many labels
     middles = []
     for _ in range(resamples):
         i, j = rng.integers(len(p), size=len(p)), rng.integers(len(q), size=len(q))
@@ -106,7 +108,8 @@ def estimate_accuracy(
         shifted = (
             right[i].mean() + new_calibrated[j].mean() - old_calibrated[i].mean()
         )  # the calibration is as uncertain
-        middles.append(np.median([passing, shifted, right[i].mean() - old[i].mean() + new[j].mean()]))
+        middle = np.median([passing, shifted, right[i].mean() - old[i].mean() + new[j].mean()])
+        middles.append(middle + rng.normal(scale=chance))
     spread = np.array(middles) - np.median(middles)
     methods = {"atc": atc, "cbpe": cbpe, "doc": min(1.0, max(0.0, doc)), "cot": _transported(labels, q, rng)}
     estimate = float(np.median([atc, cbpe, methods["doc"]]))

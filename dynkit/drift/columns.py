@@ -16,7 +16,17 @@ from scipy import special, stats
 
 from dynkit.errors import InvalidInput, NotFound, did_you_mean
 
-__all__ = ["columns", "ks_p_values"]
+__all__ = [
+    "check_level",
+    "chi2",
+    "columns",
+    "hellinger",
+    "js",
+    "ks_p_values",
+    "psi",
+    "quantile_edges",
+    "same_columns",
+]
 
 Numbers = np.ndarray[tuple[int], np.dtype[Any]]
 Found = tuple[float, float]  # effect size and p-value
@@ -150,12 +160,12 @@ def _found(test: str, old: pl.Series, new: pl.Series) -> Found:
         if test == "wasserstein":
             return _wasserstein(x, y, old.name), p_value
         counts = _bins(x, y)
-        return (_chi2(*counts)[0] if test == "chi2" else _SCORES[test](*counts)), p_value
+        return (chi2(*counts)[0] if test == "chi2" else float(_SCORES[test](*counts))), p_value
     counts = _categories(old, new)
     if not counts[0].sum() or not counts[1].sum():
         return np.nan, np.nan
-    effect, p_value = _chi2(*counts)
-    return (effect if test == "chi2" else _SCORES[test](*counts)), p_value
+    effect, p_value = chi2(*counts)
+    return (effect if test == "chi2" else float(_SCORES[test](*counts))), p_value
 
 
 def _comparable(old: pl.Series, new: pl.Series) -> tuple[pl.Series, pl.Series]:
@@ -206,11 +216,16 @@ def _wasserstein(x: Numbers, y: Numbers, name: str) -> float:
 
 def _bins(x: Numbers, y: Numbers) -> tuple[Numbers, Numbers]:
     """Count sorted values between the quantiles of the first."""
-    edges, times = np.unique(np.quantile(x, np.arange(1, _BINS) / _BINS), return_counts=True)
-    often = edges[(times > 1) | (edges == x[0])]  # a value this frequent has a bin of its own
-    edges = np.unique(np.concatenate([edges, np.nextafter(often, -np.inf)]))
+    edges = quantile_edges(x)
     counts = [np.diff(np.searchsorted(part, edges, side="right"), prepend=0, append=len(part)) for part in (x, y)]
     return counts[0], counts[1]
+
+
+def quantile_edges(x: Numbers) -> Numbers:
+    """Upper edges of bins between the quantiles of sorted values; the last bin has none."""
+    edges, times = np.unique(np.quantile(x, np.arange(1, _BINS) / _BINS), return_counts=True)
+    often = edges[(times > 1) | (edges == x[0])]  # a value this frequent has a bin of its own
+    return np.unique(np.concatenate([edges, np.nextafter(often, -np.inf)]))
 
 
 def _categories(old: pl.Series, new: pl.Series) -> tuple[Numbers, Numbers]:
@@ -223,7 +238,7 @@ def _categories(old: pl.Series, new: pl.Series) -> tuple[Numbers, Numbers]:
     return both["old"].fill_null(0).to_numpy().astype(np.int64), both["new"].fill_null(0).to_numpy().astype(np.int64)
 
 
-def _chi2(old: Numbers, new: Numbers) -> Found:
+def chi2(old: Numbers, new: Numbers) -> Found:
     """Cramer's V and the p-value of the chi-square test; rare categories are counted as one."""
     smaller = min(old.sum(), new.sum()) / (old.sum() + new.sum())
     rare = (old + new) * smaller < _EXPECTED
@@ -234,32 +249,32 @@ def _chi2(old: Numbers, new: Numbers) -> Found:
     if table.shape[1] < 2:
         return (np.nan, np.nan) if rare.all() and len(old) > 1 else (0.0, 1.0)
     expected = np.outer(table.sum(1), table.sum(0)) / table.sum()
-    chi2 = float(((table - expected) ** 2 / expected).sum())
-    return float((chi2 / table.sum()) ** 0.5), float(stats.chi2.sf(chi2, table.shape[1] - 1))
+    square = float(((table - expected) ** 2 / expected).sum())
+    return float((square / table.sum()) ** 0.5), float(stats.chi2.sf(square, table.shape[1] - 1))
 
 
-def _psi(old: Numbers, new: Numbers) -> float:
-    """Return the population stability index of counts."""
-    p, q = np.maximum(old / old.sum(), _EPSILON), np.maximum(new / new.sum(), _EPSILON)
-    return float(((q - p) * np.log(q / p)).sum())
+def psi(old: Any, new: Any) -> Any:
+    """Return the population stability index of counts (..., B)."""
+    p, q = (np.maximum(side / side.sum(-1, keepdims=True), _EPSILON) for side in (old, new))
+    return ((q - p) * np.log(q / p)).sum(-1)
 
 
-def _js(old: Numbers, new: Numbers) -> float:
-    """Jensen-Shannon distance to the base 2 of counts, from 0 to 1."""
-    p, q = old / old.sum(), new / new.sum()
+def js(old: Any, new: Any) -> Any:
+    """Jensen-Shannon distance to the base 2 of counts (..., B), from 0 to 1."""
+    p, q = (side / side.sum(-1, keepdims=True) for side in (old, new))
     middle = (p + q) / 2
     with np.errstate(divide="ignore", invalid="ignore"):
-        parts = [np.where(side > 0, side * np.log2(side / middle), 0).sum() for side in (p, q)]
-    return float(max(0.0, sum(parts) / 2) ** 0.5)
+        parts = [np.where(side > 0, side * np.log2(side / middle), 0).sum(-1) for side in (p, q)]
+    return np.maximum(0.0, (parts[0] + parts[1]) / 2) ** 0.5
 
 
-def _hellinger(old: Numbers, new: Numbers) -> float:
-    """Hellinger distance of counts, from 0 to 1."""
-    apart = np.sqrt(old / old.sum()) - np.sqrt(new / new.sum())
-    return float(np.sqrt((apart**2).sum() / 2))
+def hellinger(old: Any, new: Any) -> Any:
+    """Hellinger distance of counts (..., B), from 0 to 1."""
+    p, q = (np.sqrt(side / side.sum(-1, keepdims=True)) for side in (old, new))
+    return np.sqrt(((p - q) ** 2).sum(-1) / 2)
 
 
-_SCORES: dict[str, Callable[[Numbers, Numbers], float]] = {"psi": _psi, "js": _js, "hellinger": _hellinger}
+_SCORES: dict[str, Callable[[Any, Any], Any]] = {"psi": psi, "js": js, "hellinger": hellinger}
 
 
 def _adjusted(p_values: Numbers) -> Numbers:

@@ -1,52 +1,38 @@
-"""Distances between two sets of samples, with the probability of a larger one where nothing has changed.
+"""Tests and scores of whether two sets of samples come from one distribution: every drift metric by its name.
 
-Samples are rows of numbers (N, D). A metric scores the two sets as they are, and again with their rows permuted: the
-permuted scores show what chance alone does. No permutation is computed on its own: all of them are one product of a
-matrix of memberships with a matrix that does not depend on them.
+Samples are rows of numbers (N, D). `test` compares two sets once; `prepared` keeps a reference that many sets are
+compared with. The metrics themselves are in `kernels`, `marginals` and here; `chance` has what permutations share.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import numpy as np
 import polars as pl
 import torch
 from scipy import stats
 
-from dynkit.drift.columns import check_level, ks_p_values, same_columns
-from dynkit.errors import InvalidInput, NotFound, PolicyError, check_whole, did_you_mean
+from dynkit.drift.chance import Kept, Prepared, Scores, Tested, number, tested
+from dynkit.drift.columns import check_level, same_columns
+from dynkit.drift.kernels import MMD, BlockMMD, Energy, squares
+from dynkit.drift.marginals import (
+    JS,
+    KS,
+    PSI,
+    CramerVonMises,
+    Hellinger,
+    PredictedClasses,
+    SlicedWasserstein,
+    Wasserstein,
+)
+from dynkit.errors import InvalidInput, NotFound, check_whole, did_you_mean
 from dynkit.policies import as_drift_metric
 from dynkit.types import DriftMetric
 
-__all__ = ["KS", "MMD", "Classifier", "DriftTest", "Energy", "SlicedWasserstein", "test"]
+__all__ = ["METRICS", "Classifier", "Coverage", "DriftTest", "Reference", "both_points", "prepared", "resolve", "test"]
 
-Scores = np.ndarray[tuple[int], np.dtype[np.float64]]
-
-_EXACT_ROWS = 10_000  # of both sets together: a matrix of all pairs takes 400 MB
-_BANDWIDTH_ROWS = 2_000
-_SMALL_ROWS = 2_000
-_BLOCK_ROWS = 8_192
-_CHUNKS = 1_000  # of one set, permuted as wholes
 _ROUNDS = 100  # of training a classifier
-
-
-class Tested(NamedTuple):
-    """What a metric finds: its score, how likely one as large is by chance, and what chance gave."""
-
-    score: float
-    p_value: float
-    null: Scores
-
-
-class Metric(Protocol):
-    """A drift metric that knows what its score is worth."""
-
-    def __call__(self, reference: torch.Tensor, current: torch.Tensor, /) -> float: ...
-
-    def tested(
-        self, reference: torch.Tensor, current: torch.Tensor, permutations: int, rng: np.random.Generator, /
-    ) -> Tested: ...
+_PAIRS = 1 << 24  # of a block of the matrix of all pairs
 
 
 @dataclass(frozen=True)
@@ -98,8 +84,8 @@ def test(
     reference, current : tensor, array or frame (N, ...), (M, ...)
         Numbers; of more than two dimensions the later ones are flattened. Tensors are compared on their device.
     metric : str or callable
-        ``"mmd"``, ``"energy"``, ``"sliced_wasserstein"``, ``"c2st"`` or ``"ks"`` with their defaults, one of
-        `MMD`, `Energy`, `SlicedWasserstein`, `Classifier` and `KS` with your own, or a function of two tensors.
+        A name of `METRICS`, such as ``"mmd"``, ``"energy"``, ``"c2st"``, ``"ks"`` or ``"psi"``, for its defaults; a
+        metric with your own, such as ``MMD(features=512)``; or a function of two tensors.
     permutations : int
         How often rows are permuted for the p-value, which is at least ``1 / (permutations + 1)``.
     seed : int
@@ -129,11 +115,106 @@ def test(
     check_whole("permutations", permutations, 1)
     check_whole("seed", seed, 0)
     check_level(level)
+    metric = resolve(metric)
+    x, y = both_points(reference, current)
+    found = tested(metric, x, y, permutations, np.random.default_rng(seed))
+    name = getattr(metric, "__name__", type(metric).__name__)
+    return DriftTest(name, found.score, found.p_value, level, found.null)
+
+
+def prepared(metric: str | DriftMetric, reference: Any) -> "Reference":
+    """Compute what a metric needs of a reference, to compare many sets of samples with it.
+
+    Parameters
+    ----------
+    metric : str or callable
+        See `test`. The bandwidth of a kernel is fixed by the reference, so that all scores have one scale.
+    reference : tensor, array or frame (N, ...)
+
+    Returns
+    -------
+    Reference
+        With score, tested and extended.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> rng = np.random.default_rng(0)
+    >>> reference = prepared("mmd", rng.normal(size=(300, 4)))
+    >>> reference.score(rng.normal(1.0, size=(200, 4))) > reference.score(rng.normal(0.5, size=(200, 4)))
+    True
+    """
+    metric = resolve(metric)
+    names = tuple(reference.collect_schema().names()) if isinstance(reference, pl.DataFrame | pl.LazyFrame) else None
+    x = points(reference, "reference")
+    prepare = getattr(metric, "prepare", None)
+    return Reference(metric, x, Kept(metric, x) if prepare is None else prepare(x), names)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Result of `prepared`: a set of samples that others are compared with.
+
+    Parameters
+    ----------
+    metric : DriftMetric
+    samples : (N, D) tensor
+    kept : Prepared
+        What the metric has computed of them.
+    names : tuple of str or None
+        Of the columns, where the reference is a frame.
+    """
+
+    metric: DriftMetric
+    samples: torch.Tensor
+    kept: Prepared
+    names: tuple[str, ...] | None = None
+
+    def score(self, current: Any) -> float:
+        """Distance of samples (M, ...) from the reference: 0 is the same, larger is further."""
+        return number(self.kept.score(self._points(current, "current")), self.metric)
+
+    def tested(self, current: Any, permutations: int = 200, rng: np.random.Generator | None = None) -> Tested:
+        """Score, p_value and the scores of permutations of samples (M, ...)."""
+        check_whole("permutations", permutations, 1)
+        rng = np.random.default_rng(0) if rng is None else rng
+        return self.kept.tested(self._points(current, "current"), permutations, rng)
+
+    def extended(self, more: Any) -> "Reference":
+        """Return the reference with more samples; of those it has, no more is computed again than needed."""
+        x = self._points(more, "more")
+        return Reference(self.metric, torch.cat([self.samples, x]), self.kept.extended(x), self.names)
+
+    def _points(self, samples: Any, name: str) -> torch.Tensor:
+        if self.names is not None and isinstance(samples, pl.DataFrame | pl.LazyFrame):
+            lone = sorted(set(self.names) ^ set(samples.collect_schema().names()))
+            if lone:
+                raise InvalidInput(
+                    f"column {lone[0]!r} is in one of the tables only; select the columns that both have"
+                )
+            samples = samples.select(self.names)
+        x = points(samples, name)
+        if x.shape[1] != self.samples.shape[1]:
+            raise InvalidInput(
+                f"reference has {self.samples.shape[1]} numbers a row, {name} has {x.shape[1]}; compare like with like"
+            )
+        return x.to(self.samples)
+
+    def __repr__(self) -> str:
+        return f"{len(self.samples)} samples of {self.samples.shape[1]} numbers, prepared for {self.metric!r}"
+
+
+def resolve(metric: str | DriftMetric) -> DriftMetric:
+    """Return the metric of a name of `METRICS`, or a callable ``(reference, current) -> float`` as it is."""
     if isinstance(metric, str):
-        if metric not in _METRICS:
-            raise NotFound(f"no drift metric {metric!r}{did_you_mean(metric, _METRICS)}")
-        metric = _METRICS[metric]()
-    metric = as_drift_metric(metric)
+        if metric not in METRICS:
+            raise NotFound(f"no drift metric {metric!r}{did_you_mean(metric, METRICS)}")
+        metric = METRICS[metric]()
+    return as_drift_metric(metric)
+
+
+def both_points(reference: Any, current: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return both sets as rows of as many numbers, of one type and on one device."""
     if isinstance(reference, pl.DataFrame | pl.LazyFrame) and isinstance(current, pl.DataFrame | pl.LazyFrame):
         reference, current = same_columns(reference, current)
     x, y = points(reference, "reference"), points(current, "current")
@@ -142,11 +223,7 @@ def test(
             f"reference has {x.shape[1]} numbers a row, current has {y.shape[1]}; compare like with like"
         )
     wider = torch.promote_types(x.dtype, y.dtype)
-    x, y = x.to(wider), y.to(x.device, wider)
-    tested = getattr(metric, "tested", None) or _Permuted(metric).tested
-    name = getattr(metric, "__name__", type(metric).__name__)
-    found = tested(x, y, permutations, np.random.default_rng(seed))
-    return DriftTest(name, found.score, found.p_value, level, found.null)
+    return x.to(wider), y.to(x.device, wider)
 
 
 def points(samples: Any, name: str) -> torch.Tensor:
@@ -178,125 +255,6 @@ def points(samples: Any, name: str) -> torch.Tensor:
     if bad:
         raise InvalidInput(f"{bad} samples of {name} have NaN or infinite numbers; fill or drop them first")
     return tensor
-
-
-@dataclass(frozen=True)
-class MMD:
-    """Maximum mean discrepancy, squared and unbiased, of a Gaussian kernel (Gretton et al. 2012, equation 3).
-
-    The bandwidth is the median heuristic: ``2 sigma**2`` is the median squared distance of up to 2 000 samples.
-
-    Parameters
-    ----------
-    features : int or None
-        Number of random Fourier features (Rahimi and Recht 2007) in place of all pairs: time and memory grow with the
-        samples, not with their square. Permuted are then up to 1 000 chunks of neighbouring rows of each set, which
-        also allows for samples that resemble their neighbours. A set of more than 10 000 samples and ten times the
-        other is sampled. None means all pairs up to 10 000 samples in both sets together, and 1 024 features beyond.
-    """
-
-    features: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.features is not None:
-            check_whole("features", self.features, 2)
-
-    def __call__(self, reference: torch.Tensor, current: torch.Tensor) -> float:
-        """Squared discrepancy of two sets (N, D), (M, D); unbiased, so it can be slightly negative."""
-        return self.tested(reference, current, 0, np.random.default_rng(0)).score
-
-    def tested(
-        self, reference: torch.Tensor, current: torch.Tensor, permutations: int, rng: np.random.Generator
-    ) -> Tested:
-        """Score the sets, and permutations of their rows or chunks."""
-        gamma = 1 / _median_square(reference, current, rng)
-        if self.features is None and len(reference) + len(current) <= _EXACT_ROWS:
-            return _all_pairs(reference, current, lambda square: square.mul_(-gamma).exp_(), permutations, rng, True)
-        return self._by_features(reference, current, gamma, permutations, rng)
-
-    def _by_features(
-        self, x: torch.Tensor, y: torch.Tensor, gamma: float, permutations: int, rng: np.random.Generator
-    ) -> Tested:
-        x, y = (_some(a, max(10 * len(b), _EXACT_ROWS), rng) for a, b in ((x, y), (y, x)))
-        frequencies = ((self.features or 1024) + 1) // 2
-        weights = rng.normal(scale=(2 * gamma) ** 0.5, size=(x.shape[1], frequencies))  # E cos(w(x - y)) is the kernel
-        w = torch.from_numpy(weights).to(x)
-        size = -(-min(len(x), len(y)) // _CHUNKS)
-        chunks = torch.cat([_feature_means(part, w, size) for part in (x, y)]).double()
-        n, m = len(x) // size, len(y) // size
-        z = _memberships(n, m, permutations, rng).to(chunks)
-        total, mean_x = chunks.sum(0), z @ chunks / n
-        mean_y = (total - n * mean_x) / m
-        rows_x, rows_y = n * size, m * size
-        within_x = (rows_x * mean_x.square().sum(1) - 1) / (rows_x - 1)  # without pairs of a sample with itself
-        within_y = (rows_y * mean_y.square().sum(1) - 1) / (rows_y - 1)
-        return _against_null((within_x + within_y - 2 * (mean_x * mean_y).sum(1)).cpu().numpy())
-
-
-@dataclass(frozen=True)
-class Energy:
-    """Energy distance: ``2 E|X - Y| - E|X - X'| - E|Y - Y'|`` (Szekely and Rizzo 2013, equation 2.1).
-
-    Parameters
-    ----------
-    rows : int
-        Most samples of each set; larger sets are sampled.
-    """
-
-    rows: int = 5_000
-
-    def __post_init__(self) -> None:
-        check_whole("rows", self.rows, 2)
-
-    def __call__(self, reference: torch.Tensor, current: torch.Tensor) -> float:
-        """Energy distance of two sets (N, D), (M, D)."""
-        return self.tested(reference, current, 0, np.random.default_rng(0)).score
-
-    def tested(
-        self, reference: torch.Tensor, current: torch.Tensor, permutations: int, rng: np.random.Generator
-    ) -> Tested:
-        """Score the sets, and permutations of their rows."""
-        x, y = (_some(part, self.rows, rng) for part in (reference, current))
-        return _all_pairs(x, y, lambda square: square.sqrt_().neg_(), permutations, rng, False)
-
-
-@dataclass(frozen=True)
-class SlicedWasserstein:
-    """Mean of the Wasserstein-1 distances of random one-dimensional projections (Bonneel et al. 2015, section 2.3).
-
-    Parameters
-    ----------
-    projections : int
-        Number of directions.
-    rows : int
-        Most samples of each set; larger sets are sampled.
-    """
-
-    projections: int = 64
-    rows: int = 5_000
-
-    def __post_init__(self) -> None:
-        check_whole("projections", self.projections, 1)
-        check_whole("rows", self.rows, 2)
-
-    def __call__(self, reference: torch.Tensor, current: torch.Tensor) -> float:
-        """Sliced Wasserstein distance of two sets (N, D), (M, D)."""
-        return self.tested(reference, current, 0, np.random.default_rng(0)).score
-
-    def tested(
-        self, reference: torch.Tensor, current: torch.Tensor, permutations: int, rng: np.random.Generator
-    ) -> Tested:
-        """Score the sets, and permutations of their rows."""
-        x, y = (_some(part, self.rows, rng) for part in (reference, current))
-        directions = torch.from_numpy(rng.normal(size=(x.shape[1], self.projections))).to(x)
-        projected = torch.cat([x, y]) @ (directions / directions.norm(dim=0))
-        z = _memberships(len(x), len(y), permutations, rng).to(projected)
-        step = z / len(x) - (1 - z) / len(y)  # of F - G at each sample
-        scores = torch.zeros(len(z), dtype=torch.float64, device=x.device)
-        for line in projected.T:
-            place, order = line.sort()
-            scores += step[:, order[:-1]].cumsum(1).abs_() @ place.diff() / self.projections
-        return _against_null(scores.cpu().numpy())
 
 
 @dataclass(frozen=True)
@@ -335,136 +293,94 @@ class Classifier:
 
 
 @dataclass(frozen=True)
-class KS:
-    """Kolmogorov-Smirnov test of every column; the score is the largest distance, the p-value is Bonferroni's.
+class Coverage:
+    """Share of the current samples that lie where the reference has none: they are what to label first.
 
-    On a model's softmax outputs this is the black-box shift detection of Rabanser et al. 2019 (BBSDs).
+    A sample is uncovered when it is farther from its nearest neighbour in one half of the reference than all but 1 %
+    of the other half are. The score is the share of uncovered samples beyond the expected one, at least 0. Their
+    number follows the beta-binomial distribution, whatever the samples', were both sets from one distribution (the
+    rank of a new sample among calibration samples, Vovk 2012, proposition 2b), which gives the p-value.
+
+    Parameters
+    ----------
+    outside : float
+        Share of the reference that counts as uncovered.
+    rows : int
+        Most samples of each half of the reference; larger ones are sampled.
     """
 
+    outside: float = 0.01
+    rows: int = 5_000
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.outside, int | float) or not 0 < self.outside < 1:
+            raise InvalidInput(f"outside={self.outside!r} must be between 0 and 1, such as 0.01")
+        check_whole("rows", self.rows, 1)
+
     def __call__(self, reference: torch.Tensor, current: torch.Tensor) -> float:
-        """Largest distance of two distribution functions over the columns of (N, D), (M, D)."""
-        return self.tested(reference, current, 0, np.random.default_rng(0)).score
+        """Excess share of samples (M, D) that a reference (N, D) does not cover."""
+        return self.prepare(reference).score(current)
 
     def tested(
         self, reference: torch.Tensor, current: torch.Tensor, permutations: int, rng: np.random.Generator
     ) -> Tested:
         """Score the sets; nothing is permuted."""
-        n, m = len(reference), len(current)
-        merged, order = torch.cat([reference, current]).sort(dim=0)
-        step = (order < n).double().mul_(1 / n + 1 / m).sub_(1 / m).cumsum(0)
-        last = torch.ones_like(merged, dtype=torch.bool)
-        last[:-1] = merged[1:] != merged[:-1]  # the functions differ only after all equal samples
-        distances = (step.abs() * last).max(0).values.cpu().numpy()
-        p_value = min(1.0, len(distances) * float(ks_p_values(distances, n, m).min()))
-        return Tested(float(distances.max()), p_value, np.empty(0))
+        return self.prepare(reference).tested(current, permutations, rng)
+
+    def prepare(self, reference: torch.Tensor) -> "_Covered":
+        """Find the radius around one half of the reference that covers the other."""
+        return _Covered(self, reference)
 
 
-_METRICS: dict[str, Callable[[], Metric]] = {
+class _Covered:
+    """One half of a reference, and the distance from it beyond which few of the other half lie."""
+
+    def __init__(self, metric: Coverage, reference: torch.Tensor) -> None:
+        self.metric, self.reference = metric, reference
+        order = torch.from_numpy(np.random.default_rng(0).permutation(len(reference))).to(reference.device)
+        half = (len(order) + 1) // 2
+        self._core = reference[order[:half][: metric.rows]]
+        radii = _nearest(reference[order[half:][: metric.rows]], self._core).sort().values
+        self._outside, self._inside = max(1, round(metric.outside * len(radii))), len(radii)
+        self._radius = radii[-self._outside]
+
+    def score(self, current: torch.Tensor) -> float:
+        return self.tested(current, 0, np.random.default_rng(0)).score
+
+    def tested(self, current: torch.Tensor, permutations: int, rng: np.random.Generator) -> Tested:
+        far = int((_nearest(current, self._core) > self._radius).sum())
+        chance = stats.betabinom(len(current), self._outside, self._inside + 1 - self._outside)
+        excess = far / len(current) - self._outside / (self._inside + 1)
+        return Tested(max(0.0, excess), float(chance.sf(far - 1)), np.empty(0))
+
+    def extended(self, more: torch.Tensor) -> "_Covered":
+        return _Covered(self.metric, torch.cat([self.reference, more]))
+
+
+METRICS: dict[str, type[Any]] = {
     "mmd": MMD,
+    "block_mmd": BlockMMD,
     "energy": Energy,
     "sliced_wasserstein": SlicedWasserstein,
     "c2st": Classifier,
+    "coverage": Coverage,
     "ks": KS,
+    "cvm": CramerVonMises,
+    "psi": PSI,
+    "js": JS,
+    "hellinger": Hellinger,
+    "wasserstein": Wasserstein,
+    "bbsds": KS,  # of softmax outputs
+    "bbsdh": PredictedClasses,
 }
 
 
-@dataclass(frozen=True)
-class _Permuted:
-    """A user's function, called once for each permutation."""
-
-    metric: DriftMetric
-
-    def tested(self, x: torch.Tensor, y: torch.Tensor, permutations: int, rng: np.random.Generator) -> Tested:
-        pooled = torch.cat([x, y])
-        masks = _memberships(len(x), len(y), permutations, rng).to(x.device)
-        scores = [self.metric(pooled[mask], pooled[~mask]) for mask in masks]
-        try:
-            return _against_null(np.array([float(score) for score in scores]))
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise PolicyError(f"drift metric {self.metric!r} must return one finite number: {error}") from None
-
-
-def _memberships(n: int, m: int, permutations: int, rng: np.random.Generator) -> torch.Tensor:
-    """Which rows are reference (1 + permutations, n + m): as they are, then permuted."""
-    rows = np.zeros((1 + permutations, n + m), bool)
-    rows[:, :n] = True
-    rng.permuted(rows[1:], axis=1, out=rows[1:])
-    return torch.from_numpy(rows)
-
-
-def _against_null(scores: Scores) -> Tested:
-    """Rank the first score among the others: (1 + #{null >= score}) / (1 + B) (Phipson and Smyth 2010)."""
-    if not np.isfinite(scores).all():
-        raise InvalidInput(
-            "the score is not a finite number; scale the samples first, they are too large to be compared"
-        )
-    score, null = float(scores[0]), scores[1:].astype(np.float64)
-    tolerance = 1e-9 * float(np.abs(scores).max())  # equal but for rounding
-    return Tested(score, float((1 + (null >= score - tolerance).sum()) / (1 + len(null))), null)
-
-
-def _all_pairs(
-    x: torch.Tensor,
-    y: torch.Tensor,
-    kernel: Callable[[torch.Tensor], torch.Tensor],
-    permutations: int,
-    rng: np.random.Generator,
-    unbiased: bool,
-) -> Tested:
-    """Score ``E k(X, X') + E k(Y, Y') - 2 E k(X, Y)`` of a kernel of squared distances for all permutations at once."""
-    n, m = len(x), len(y)
-    pooled = torch.cat([x, y])
-    if len(pooled) <= _SMALL_ROWS:
-        pooled = pooled.double()  # few permutations are possible, and equal ones must be seen to be equal
-    pooled = pooled - pooled.mean(0)  # small numbers keep their digits in the product
-    norms = pooled.square().sum(1)
-    square = torch.addmm(norms[:, None] + norms, pooled, pooled.T, alpha=-2)
-    rounding = 8 * torch.finfo(pooled.dtype).eps * float(norms.max())
-    torch.threshold_(square, rounding, 0)  # equal samples are at distance 0
-    pairs = kernel(square.fill_diagonal_(0)).fill_diagonal_(0)
-    z = _memberships(n, m, permutations, rng).to(pairs)
-    row_sums = pairs.sum(1, dtype=torch.float64)
-    within_x = ((z @ pairs) * z).sum(1, dtype=torch.float64)
-    within_x[0] = pairs[:n, :n].sum(dtype=torch.float64)
-    from_x = z.double() @ row_sums
-    across, within_y = from_x - within_x, row_sums.sum() - 2 * from_x + within_x
-    pairs_x, pairs_y = (n * (n - 1), m * (m - 1)) if unbiased else (n * n, m * m)
-    return _against_null((within_x / pairs_x + within_y / pairs_y - 2 * across / (n * m)).cpu().numpy())
-
-
-def _median_square(x: torch.Tensor, y: torch.Tensor, rng: np.random.Generator) -> float:
-    """Median squared distance of different samples, of some of both sets."""
-    share = len(x) / (len(x) + len(y))
-    n = min(len(x), max(1, round(share * _BANDWIDTH_ROWS)))
-    some = torch.cat([_some(x, n, rng), _some(y, max(1, _BANDWIDTH_ROWS - n), rng)])
-    squares = torch.pdist(some.double()).square()
-    different = squares[squares > 0]
-    median = float(different.median()) if len(different) else 1.0
-    if not np.isfinite(median):
-        raise InvalidInput("the samples are too large to be compared; scale them first")
-    return median
-
-
-def _some(x: torch.Tensor, rows: int, rng: np.random.Generator) -> torch.Tensor:
-    """Sample rows without replacement, in their order."""
-    if len(x) <= rows:
-        return x
-    return x[torch.from_numpy(np.sort(rng.choice(len(x), rows, replace=False))).to(x.device)]
-
-
-def _feature_means(x: torch.Tensor, w: torch.Tensor, size: int) -> torch.Tensor:
-    """Mean random Fourier features of chunks of rows (N // size, 2 F); rows left over are not used."""
-    chunks, frequencies = len(x) // size, w.shape[1]
-    step = max(1, _BLOCK_ROWS // size)
-    means = x.new_empty(chunks, 2 * frequencies)
-    phase, waves = x.new_empty(step * size, frequencies), x.new_empty(step * size, 2 * frequencies)
-    for low in range(0, chunks, step):
-        rows = x[low * size : min(low + step, chunks) * size]
-        angle, wave = torch.mm(rows, w, out=phase[: len(rows)]), waves[: len(rows)]
-        torch.cos(angle, out=wave[:, :frequencies])
-        torch.sin(angle, out=wave[:, frequencies:])
-        torch.mean(wave.view(-1, size, 2 * frequencies), 1, out=means[low : low + step])
-    return means.div_(frequencies**0.5)
+def _nearest(x: torch.Tensor, core: torch.Tensor) -> torch.Tensor:
+    """Squared distance (N,) of each sample to the nearest of `core`."""
+    center = core.mean(0)
+    core = core - center
+    blocks = torch.split(x, max(1, _PAIRS // len(core)))
+    return torch.cat([squares(rows - center, core).min(1).values for rows in blocks])
 
 
 def _logistic(x: torch.Tensor, y: torch.Tensor, new: torch.Tensor) -> torch.Tensor:

@@ -70,12 +70,12 @@ def shared(curves: Sequence[pl.DataFrame]) -> list[pl.DataFrame]:
     return [curve.filter(centre >= max(firsts)) if curve.height else curve for curve in known]
 
 
-def mean_scores(curve: pl.DataFrame) -> pl.DataFrame:
-    """Aggregate a curve: columns metric, mean, time_weighted, windows."""
+def mean_scores(curve: pl.DataFrame, by: Sequence[str] = ("metric",)) -> pl.DataFrame:
+    """Aggregate a curve: the columns of `by`, mean, time_weighted, windows."""
     seconds = (pl.col("window_end") - pl.col("window_start")).dt.total_seconds(fractional=True)
     return (
         curve.filter(pl.col("value").is_not_null())
-        .group_by("metric", maintain_order=True)
+        .group_by(by, maintain_order=True)
         .agg(
             pl.col("value").mean().alias("mean"),
             ((pl.col("value") * seconds).sum() / seconds.sum()).alias("time_weighted"),

@@ -26,6 +26,7 @@ __all__ = [
     "RocAuc",
     "Scores",
     "TopK",
+    "higher_is_better",
     "metric_name",
     "resolve_metric",
 ]
@@ -209,6 +210,11 @@ def resolve_metric(value: object) -> Metric:
         raise InvalidInput(f"metric {value!r} is not known{did_you_mean(value, [*NAMES, 'top_5'])}")
     made: Metric = NAMES[value]()
     return made
+
+
+def higher_is_better(metric: Metric) -> bool:
+    """Whether a larger score is a better one; so it is of every metric but the built-in errors."""
+    return not isinstance(metric, Mae | Rmse)
 
 
 def metric_name(metric: Metric) -> str:

@@ -28,12 +28,16 @@ class Evaluation:
         Samples per forward pass.
     split : str or None
         Judge only on this split of the dataset; see `Dataset.split`.
+    slices : sequence of str
+        Columns of the dataset's table, or ``"label"``: also judge the samples of each of their values apart; see
+        `Run.slices`.
     """
 
     windows: Any = field(default_factory=lambda: Tumbling("30d"))
     metrics: Sequence[Any] = ("accuracy",)
     batch_size: int = 8192
     split: str | None = None
+    slices: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         as_windows(self.windows)
@@ -43,6 +47,8 @@ class Evaluation:
         if len(set(names)) < len(names):
             raise InvalidInput(f"metrics={names} must have different names")
         check_whole("batch_size", self.batch_size, 1)
+        if isinstance(self.slices, str) or not all(isinstance(column, str) for column in self.slices):
+            raise InvalidInput(f"slices={self.slices!r} must be a list of columns such as ['carrier', 'label']")
 
     def resolved(self) -> list[Metric]:
         """Return the metrics as callables."""

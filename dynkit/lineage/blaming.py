@@ -14,7 +14,7 @@ from dynkit.lineage.display import Shown, short
 from dynkit.lineage.graph import reachable
 from dynkit.lineage.origins import Origin, origins_of
 from dynkit.lineage.rebuilding import Workshop
-from dynkit.lineage.samples import read_selection, split, without
+from dynkit.lineage.samples import read_selection, without
 from dynkit.lineage.testing import ModelTest
 from dynkit.models import ModelStore
 from dynkit.time import IntArray
@@ -88,7 +88,7 @@ def blamed(
         left = without(frame, keys)
         if not left.height:
             return True  # there would be no such model
-        outcome = workshop.train(origin, origin.parents, *split(left))
+        outcome = workshop.train(origin, origin.parents, left)
         return testing.judge(test, outcome.state, dataset)[0]
 
     samples, asked = narrow(new, passes_without, trainings)

@@ -150,12 +150,20 @@ def _norm(tensor: torch.Tensor) -> float:
 def scores_of(connection: sa.Connection, a: str, b: str) -> pl.DataFrame:
     """Compare what is known of both: means of metrics over the same windows of a run, values of tests on equal data."""
     left, right = evaluations.alias(), evaluations.alias()
-    same_window = [left.c[name] == right.c[name] for name in ("run", "window_start_ns", "window_end_ns", "metric")]
+    same_window = [
+        left.c[name] == right.c[name] for name in ("run", "window_start_ns", "window_end_ns", "metric", "slice")
+    ]
     means = [sa.func.avg(side.c.value) for side in (left, right)]
     metrics = (
         sa.select(left.c.metric, *means)
         .join(right, sa.and_(*same_window))
-        .where(left.c.model == a, right.c.model == b, left.c.value.is_not(None), right.c.value.is_not(None))
+        .where(
+            left.c.slice == "",
+            left.c.model == a,
+            right.c.model == b,
+            left.c.value.is_not(None),
+            right.c.value.is_not(None),
+        )
         .group_by(left.c.metric)
     )
     one, two = results.alias(), results.alias()

@@ -19,6 +19,7 @@ import sqlalchemy as sa
 from dynkit.catalog import Catalog, evaluations, models, runs
 from dynkit.data import Dataset, as_keys
 from dynkit.errors import Conflict
+from dynkit.evaluation.matrix import rows_of
 from dynkit.html import duration
 from dynkit.lineage.display import Shown, short, watched
 from dynkit.lineage.graph import reachable
@@ -26,7 +27,7 @@ from dynkit.lineage.origins import Origin, origins_of
 from dynkit.lineage.rebuilding import Workshop, version_of
 from dynkit.lineage.replacing import Change, replace_models, successors
 from dynkit.lineage.samples import read_selection, rewrite_selections, uses
-from dynkit.lineage.storing import free, stored_tensors
+from dynkit.lineage.storing import free
 from dynkit.models import ModelStore
 from dynkit.time import IntArray
 from dynkit.types import Window
@@ -194,7 +195,7 @@ def erase(
     if len(left):
         dataset.delete(left)
     dataset.compact(erase=True)
-    free(catalog, store, tainted - _manifests(catalog, store))
+    free(store, tainted - _manifests(catalog, store))
     catalog.scrub()
     return Erasure(
         affected,
@@ -267,22 +268,7 @@ def _judge(
         states = {model: store.load(model) for model in models if model is not None}
         version = dataset if known.pipeline.get("live") else version_of(dataset, known.dataset_version)
         scored = workshop.recipe(run).judge(states, windows, version.open(), keys)
-        judged[run] = [
-            {
-                "run": run,
-                "model": model,
-                "window_start_ns": window.start_ns,
-                "window_end_ns": window.end_ns,
-                "window_anchor_ns": window.anchor,
-                "metric": metric,
-                "metric_index": i,
-                "value": value,
-                "samples": samples,
-            }
-            for window, samples, scores in scored
-            for model, by_metric in scores.items()
-            for i, (metric, value) in enumerate(by_metric.items())
-        ]
+        judged[run] = [row for window, some in scored for row in rows_of(run, window, some)]
     return judged
 
 
@@ -300,7 +286,7 @@ def _checks(
         "samples listed in selections": listed,
         "models trained on them or on what comes from them": len(affected_by(catalog, dataset.name, keys)),
         "removed models in the store": len(removed & there),
-        "tensors of removed models in the store": len(stored_tensors(catalog) & (tainted - _manifests(catalog, store))),
+        "tensors of removed models in the store": len(store.tensors() & (tainted - _manifests(catalog, store))),
     }
 
 

@@ -219,7 +219,7 @@ def card(connection: sa.Connection, root: Path, model: str) -> Card:
     mean = sa.func.avg(evaluations.c.value), sa.func.count(evaluations.c.value)
     metrics = (
         sa.select(evaluations.c.run, evaluations.c.metric, *mean)
-        .where(evaluations.c.model == model)
+        .where(evaluations.c.model == model, evaluations.c.slice == "")
         .group_by(evaluations.c.run, evaluations.c.metric)
         .order_by(evaluations.c.run, sa.func.min(evaluations.c.metric_index))
     )

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import cloudpickle
+import polars as pl
 import sqlalchemy as sa
 import torch
 from blake3 import blake3
@@ -19,9 +20,10 @@ from blake3 import blake3
 from dynkit.catalog import Catalog, edges, origins, recipes
 from dynkit.data import Dataset, Version
 from dynkit.errors import InvalidInput, NotFound
+from dynkit.evaluation.matrix import Scored
 from dynkit.lineage.operators import merged
 from dynkit.lineage.origins import Origin
-from dynkit.lineage.samples import content, read_selection, split, without
+from dynkit.lineage.samples import content, read_selection, without
 from dynkit.lineage.storing import put
 from dynkit.models import ModelStore
 from dynkit.time import IntArray
@@ -35,11 +37,11 @@ State = dict[str, torch.Tensor]
 class Recipe(Protocol):
     """How a run trained and judged its models; see `dynkit.pipeline.recipe`."""
 
-    def train(self, index: int, version: Version, keys: IntArray, weights: Any, parent: State | None, /) -> Any: ...
+    def train(self, index: int, version: Version, chosen: pl.DataFrame, parent: State | None, /) -> Any: ...
 
     def judge(
         self, states: dict[str, State], windows: Iterable[Window], version: Version, without: IntArray, /
-    ) -> Iterator[tuple[Window, int, dict[str, dict[str, float | None]]]]: ...
+    ) -> Iterator[tuple[Window, dict[str, Scored]]]: ...
 
     def module(self) -> torch.nn.Module: ...
 
@@ -52,7 +54,7 @@ class Built:
     ----------
     model : str
     selection : str
-        BLAKE3 of the keys and weights it was trained on; empty when it was not trained.
+        BLAKE3 of the keys, weights and epochs it was trained on; empty when it was not trained.
     samples : int
     seconds : float
     details : dict
@@ -154,11 +156,10 @@ class Workshop:
             frame = without(frame, leave_out)
         if not frame.height:
             return None
-        keys, weights = split(frame)
-        selection = content(keys, weights)
+        selection = content(frame)
         identity = _identity(origin, parents, selection)
-        known = self._known(identity, selection, len(keys))
-        return known or self._trained(identity, origin, parents, keys, weights)
+        known = self._known(identity, selection, frame["key"].n_unique())
+        return known or self._trained(identity, origin, parents, frame)
 
     def _known(self, identity: str, selection: str, samples: int) -> Built | None:
         with self._catalog.read() as connection:
@@ -187,19 +188,20 @@ class Workshop:
             built[name] = self._remember(key, parents, state, Built("", "", 0, seconds, {}))
         return built[member]
 
-    def train(self, origin: Origin, parents: tuple[str, ...], keys: IntArray, weights: Any) -> Any:
+    def train(self, origin: Origin, parents: tuple[str, ...], chosen: pl.DataFrame) -> Any:
         """Train as the run did; the outcome is not stored."""
         assert origin.run is not None and origin.index is not None
         assert origin.dataset is not None and origin.dataset_version is not None
         version = version_of(Dataset(self._catalog, origin.dataset), origin.dataset_version).open()
         parent = self._store.load(parents[0]) if parents else None
-        return self.recipe(origin.run).train(origin.index, version, keys, weights, parent)
+        return self.recipe(origin.run).train(origin.index, version, chosen, parent)
 
-    def _trained(self, identity: str, origin: Origin, parents: tuple[str, ...], keys: IntArray, weights: Any) -> Built:
+    def _trained(self, identity: str, origin: Origin, parents: tuple[str, ...], chosen: pl.DataFrame) -> Built:
         started_s = time.perf_counter()
-        outcome = self.train(origin, parents, keys, weights)
+        outcome = self.train(origin, parents, chosen)
         details = {"samples_passed": outcome.passed, "report": outcome.history}
-        built = Built("", content(keys, weights), len(keys), time.perf_counter() - started_s, details)
+        seconds = time.perf_counter() - started_s
+        built = Built("", content(chosen), chosen["key"].n_unique(), seconds, details)
         return self._remember(identity, parents, outcome.state, built)
 
     def _remember(self, identity: str, parents: tuple[str, ...], state: State, built: Built) -> Built:

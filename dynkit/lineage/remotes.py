@@ -24,7 +24,7 @@ from dynkit.errors import Conflict, InvalidInput, NotFound, StorageError, did_yo
 from dynkit.lineage.display import Shown, bytes_text, short, watched
 from dynkit.lineage.graph import KINDS, all_edges, in_order, reachable
 from dynkit.lineage.origins import Origin, insert_origin, origins_of
-from dynkit.lineage.storing import put, stored_tensors
+from dynkit.lineage.storing import put
 from dynkit.models import ModelStore
 from dynkit.models.records import resolved
 
@@ -130,7 +130,7 @@ def transfer(source: Catalog, target: Catalog, wanted: Iterable[str] | None, *, 
             parents[child].append(parent)
     with target.read() as connection:
         known = every & set(connection.scalars(sa.select(models.c.id)))
-    stored = stored_tensors(target)
+    stored = there.tensors()
     size_bytes = n_edges = 0
     missing = [model for model in order if model not in known]
     for model in watched(missing, "copy models"):

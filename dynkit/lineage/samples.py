@@ -1,13 +1,12 @@
-"""The samples that trainings used: keys and weights of each trigger, kept beside its run.
+"""The samples that trainings used: keys and what goes with them at each trigger, kept beside its run.
 
-    runs/<id>/selections/<index>.arrow       key, and weight where the selection gave weights
+    runs/<id>/selections/<index>.arrow       key, and weight, epoch and score where the selection gave them
 
 Held-out validation samples are among them: they decide when training stops.
 """
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import polars as pl
@@ -18,25 +17,22 @@ from dynkit.disk import flush
 from dynkit.errors import StorageError
 from dynkit.time import IntArray
 
-__all__ = ["content", "read_selection", "rewrite_selections", "split", "uses", "without", "write_selection"]
-
-Weights = np.ndarray[Any, Any]
+__all__ = ["content", "read_selection", "rewrite_selections", "uses", "without", "write_selection"]
 
 
-def write_selection(root: Path, run: str, index: int, keys: IntArray, weights: Weights | None) -> None:
+def write_selection(root: Path, run: str, index: int, chosen: pl.DataFrame) -> None:
     """Write what a trigger selected, in place of what is there; the old or the new is seen, never a part."""
     path = _path(root, run, index)
     path.parent.mkdir(exist_ok=True)
-    frame = pl.DataFrame({"key": keys} if weights is None else {"key": keys, "weight": weights})
     written = path.with_suffix(".new")
-    frame.write_ipc(written, compression="zstd")
+    chosen.write_ipc(written, compression="zstd")
     flush(written)
     written.replace(path)
     flush(path.parent)
 
 
 def read_selection(root: Path, run: str, index: int) -> pl.DataFrame:
-    """Keys (and weights, if there were any) of a trigger.
+    """Read what a trigger selected.
 
     Raises
     ------
@@ -53,20 +49,18 @@ def _path(root: Path, run: str, index: int) -> Path:
     return root / "runs" / run / "selections" / f"{index:06d}.arrow"
 
 
-def split(frame: pl.DataFrame) -> tuple[IntArray, Weights | None]:
-    """Keys and weights of a selection as arrays."""
-    weights = frame["weight"].to_numpy(writable=True) if "weight" in frame.columns else None
-    return np.ascontiguousarray(as_keys(frame)), weights
-
-
 def without(frame: pl.DataFrame, keys: IntArray) -> pl.DataFrame:
     """Leave out these samples."""
     return frame.filter(~np.isin(as_keys(frame), keys))
 
 
-def content(keys: IntArray, weights: Weights | None) -> str:
-    """Identity of a selection: BLAKE3 of keys and weights."""
-    return blake3(keys.tobytes()).update(b"" if weights is None else weights.tobytes()).hexdigest()
+def content(chosen: pl.DataFrame) -> str:
+    """Identity of a selection: BLAKE3 of keys, weights and epochs."""
+    hasher = blake3()
+    for name in ("key", "weight", "epoch"):
+        if name in chosen.columns:
+            hasher.update(name.encode()).update(chosen[name].to_numpy().tobytes())
+    return hasher.hexdigest()
 
 
 def uses(root: Path, trainings: Iterable[tuple[str, int]], keys: IntArray) -> dict[tuple[str, int], int]:
@@ -89,4 +83,4 @@ def rewrite_selections(root: Path, runs: Iterable[str], keys: IntArray) -> None:
             if not left.height:
                 path.unlink()
             elif left.height < frame.height:
-                write_selection(root, run, index, *split(left))
+                write_selection(root, run, index, left)

@@ -146,7 +146,7 @@ def _ranked(target: torch.Tensor, places: _Places, step: float) -> list[Predicti
     some = _sample(target)
     elements = {place: _sample(base) for place, base in enumerate(places.tensors) if base.shape == target.shape}
     for prediction in fitted(target, places.tensors, places.parents):
-        if not places.admits(places.of(prediction), 0) or (step and prediction.kind != "parent"):
+        if not places.admits(places.of(prediction), 0) or (step and prediction.kind not in ("parent", "mean")):
             continue
         if prediction.kind in _ELEMENTWISE:
             chosen = [elements[place] for place in prediction.bases]

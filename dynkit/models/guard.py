@@ -1,13 +1,13 @@
 """Lossy storage, if a test allows it: `guard`.
 
-The difference to the parent is rounded to multiples of a step (twice the error), closed loop: to the parent as it is
-stored, so that errors do not add up along a chain (as in Delta-DNN, Hu et al. 2020, whose step is 2 ln(1 + e)). The
-rounded model is judged by the user's metric next to the original. Where it is as good as `max_drop` asks, it is stored,
-under an identity of its own, with the evidence; else the original is.
+The difference to the parent, or to the mean of several, is rounded to multiples of a step, twice the error. The loop
+is closed: to the parent as it is stored, so that errors do not add up along a chain (as in Delta-DNN, Hu et al. 2020,
+whose step is 2 ln(1 + e)). The rounded model is judged by the user's metric next to the original. Where it is as good
+as `max_drop` asks, it is stored, under an identity of its own, with the evidence; else the original is.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,11 +16,13 @@ import torch
 
 from dynkit.errors import InvalidInput, PolicyError
 from dynkit.models.encoding import on_grid
+from dynkit.models.prediction import MEAN, predict
 from dynkit.models.tensors import manifest_id, tensor_id
 
 __all__ = ["Guard", "guard"]
 
 State = Mapping[str, torch.Tensor]
+Bases = Mapping[str, Sequence[torch.Tensor]]
 Scores = np.ndarray[Any, np.dtype[np.float64]]
 
 _DOUBLINGS = 12
@@ -96,10 +98,17 @@ class Guard:
         if not 0 < self.error < np.inf:
             raise InvalidInput(f"error={self.error!r} must be a positive number, such as 1e-4")
 
-    def applied(self, state: State, parent: State) -> tuple[dict[str, torch.Tensor], float, dict[str, Any]]:
-        """Return the state to store, the step of its grid (0: it is the original) and the evidence."""
+    def applied(self, state: State, bases: Bases) -> tuple[dict[str, torch.Tensor], float, dict[str, Any]]:
+        """Return the state to store, the step of its grid (0: it is the original) and the evidence.
+
+        Parameters
+        ----------
+        state : mapping of name to Tensor
+        bases : mapping of name to list of Tensor
+            What the tensors may be predicted from.
+        """
         before = self._scores(state)
-        trial = functools.partial(_Trial.of, self, state, parent, before)
+        trial = functools.partial(_Trial.of, self, state, bases, before)
         best = trial(self.error)
         if self.search and best.passed:
             best = _widest(trial, best)
@@ -143,9 +152,9 @@ class _Trial:
     passed: bool
 
     @classmethod
-    def of(cls, guard: Guard, state: State, parent: State, before: Scores, error: float) -> "_Trial":
+    def of(cls, guard: Guard, state: State, bases: Bases, before: Scores, error: float) -> "_Trial":
         """Try an error."""
-        rounded = quantised(state, parent, error)
+        rounded = quantised(state, bases, error)
         after = guard._scores(rounded)
         sign = 1.0 if guard.direction == "max" else -1.0
         scale = abs(before.mean()) or 1.0
@@ -183,24 +192,28 @@ def _widest(trial: Callable[[float], _Trial], best: _Trial) -> _Trial:
     return low
 
 
-def quantised(state: State, parent: State, error: float) -> dict[str, torch.Tensor]:
+def quantised(state: State, bases: Bases, error: float) -> dict[str, torch.Tensor]:
     """Round every float tensor, closed loop, where that keeps the error; others stay."""
-    rounded = {}
-    for name, tensor in state.items():
-        expected = parent.get(name)
-        if expected is None or expected.shape != tensor.shape or expected.dtype != tensor.dtype:
-            expected = torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
-        rounded[name] = _rounded(tensor.detach().cpu(), expected, error)
-    return rounded
+    return {name: _rounded(tensor.detach().cpu(), bases.get(name, []), error) for name, tensor in state.items()}
 
 
-def _rounded(tensor: torch.Tensor, expected: torch.Tensor, error: float) -> torch.Tensor:
+def _rounded(tensor: torch.Tensor, bases: Sequence[torch.Tensor], error: float) -> torch.Tensor:
     if not tensor.numel() or not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
         return tensor
+    expected = min(_expectations(tensor, bases), key=lambda one: float((one.double() - tensor.double()).abs().sum()))
     steps = ((tensor.double() - expected.double()) / (2 * error)).round()
     near = on_grid(expected, steps, 2 * error)
     kept = bool((steps.abs() < 2**30).all()) and float((near.double() - tensor.double()).abs().amax()) <= 1.01 * error
     return near if kept else tensor
+
+
+def _expectations(tensor: torch.Tensor, bases: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return zeros, the bases and their mean: what `encode` can find on a grid again."""
+    same = [base for base in bases if base.shape == tensor.shape and base.dtype == tensor.dtype]
+    found = [torch.zeros_like(tensor), *same]
+    if len(same) > 1:
+        found.append(predict("mean", MEAN, b"", same, tensor.dtype, tensor.shape))
+    return found
 
 
 def _largest_error(state: State, other: State) -> float:

@@ -11,8 +11,7 @@ when all of it is on the disk, and is never changed.
 import json
 import os
 import secrets
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from numcodecs.zstd import Zstd
 
 from dynkit import catalog as tables
 from dynkit.disk import flush
-from dynkit.errors import DynkitError, StorageError
+from dynkit.errors import StorageError
 from dynkit.models.encoding import Frame
 
 __all__ = ["Pack", "PackFile", "Written", "packs_at", "read_pack"]
@@ -61,38 +60,26 @@ class Written:
 
 
 class PackFile:
-    """A file of packs in the making; see `writing`.
+    """A file of packs in the making.
 
     Parameters
     ----------
-    path : Path
+    folder : Path
     """
 
-    def __init__(self, path: Path) -> None:
-        self.name = path.name
-        self._draft = path.with_name(f".{path.name}")
-        self._path = path
+    def __init__(self, folder: Path) -> None:
+        self.name = f"{secrets.token_hex(8)}.pack"
+        folder.mkdir(parents=True, exist_ok=True)
+        self._path = folder / self.name
+        self._draft = folder / f".{self.name}"
         self._stream = self._draft.open("wb")
 
-    @classmethod
-    @contextmanager
-    def writing(cls, folder: Path) -> Iterator["PackFile"]:
-        """Make a file; it is removed when the block, which commits what refers to it, fails."""
-        path = folder / f"{secrets.token_hex(8)}.pack"
-        file = None
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            file = cls(path)
-            yield file
-        except Exception as error:  # an interrupt may come after the commit: then the file stays
-            if file is not None:
-                file._stream.close()
-            for left in (path, path.with_name(f".{path.name}")):
-                with suppress(OSError):
-                    left.unlink()
-            if isinstance(error, OSError) and not isinstance(error, DynkitError):
-                raise StorageError(f"cannot write model tensors to {path}: {error.strerror or error}") from error
-            raise
+    def __enter__(self) -> "PackFile":
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        self._stream.close()
+        self._draft.unlink(missing_ok=True)
 
     def add(self, frames: Iterable[tuple[Frame | None, Any]]) -> Written:
         """Append a pack."""
@@ -109,7 +96,6 @@ class PackFile:
         """Make it durable and visible."""
         self._stream.flush()
         os.fsync(self._stream.fileno())
-        self._stream.close()
         self._draft.rename(self._path)
         flush(self._path.parent)
 
@@ -162,7 +148,7 @@ def _frame(key: bytes, row: list[Any]) -> Frame:
     )
 
 
-def read_pack(folder: Path, row: "sa.Row[Any]") -> Pack:
+def read_pack(path: Path, row: "sa.Row[Any]") -> Pack:
     """Read the index of a pack.
 
     Raises
@@ -172,13 +158,13 @@ def read_pack(folder: Path, row: "sa.Row[Any]") -> Pack:
     StorageError
         When it is damaged.
     """
-    with (folder / row.file).open("rb") as stream:
+    with path.open("rb") as stream:
         stream.seek(row.offset)
         data = stream.read(row.size)
     try:
         frames = _unpacked(data)
     except Exception as error:
-        raise StorageError(f"the index of pack {row.id} in {folder / row.file} is damaged: {error}") from error
+        raise StorageError(f"the index of pack {row.id} in {path} is damaged: {error}") from error
     offset = row.offset - sum(frame.size for frame in frames if frame is not None)
     offsets = []
     for frame in frames:

@@ -24,12 +24,14 @@ import torch
 
 from dynkit.models.coding import compress, decompress, pack_numbers, unpack_numbers
 
-__all__ = ["Prediction", "fitted", "predict"]
+__all__ = ["MEAN", "Prediction", "fitted", "predict"]
 
+MEAN = (False, "after")  # the usual order of operations: all added up, then divided
 _RANK = 48  # at most, of a low-rank difference
 _FACTOR_BITS = 23  # so that sums of _RANK products stay below 2^53
 _OVERSAMPLING = 8
 _LARGE = 1024  # elements that are worth more than the common predictions
+_HOW = ("after", "reciprocal", "each")  # a mean is divided
 _SPARSE = 0.02  # share of zeros that hints at pruning
 
 
@@ -94,9 +96,8 @@ def fitted(target: torch.Tensor, bases: Sequence[torch.Tensor], parents: int) ->
         yield from _pruned(target, bases[equal[0]], equal[0])
     several = [place for place in equal if place < parents]
     if len(several) > 1:
-        for wide in (False, True):
-            for how in ("after", "reciprocal", "each"):
-                yield Prediction("mean", tuple(several), (wide, how))
+        for wide, how in (MEAN, (False, "reciprocal"), (False, "each"), *((True, how) for how in _HOW)):
+            yield Prediction("mean", tuple(several), (wide, how))
         yield from _least_squares(target, bases, several)
     if target.numel() < _LARGE:
         return

@@ -8,20 +8,19 @@ another if that exceeds its own bound.
 
 import os
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Any
 
 import torch
 
-from dynkit.catalog import Catalog
 from dynkit.errors import StorageError
 from dynkit.models.encoding import Frame, Ref, decode
 from dynkit.models.packs import Pack, packs_at, read_pack
+from dynkit.models.shelf import Shelf
 from dynkit.models.tensors import digest, raw
 
-__all__ = ["COST", "DEPTH", "Packs", "Reader"]
+__all__ = ["COST", "DEPTH", "Reader"]
 
 DEPTH = 8
 COST = 3.0
@@ -29,61 +28,19 @@ FREE_COST = 8.0
 _ATTEMPTS = 5
 
 
-class Recent:
-    """Tensors decoded lately, up to so many bytes; not to be changed, so they are never given to a user."""
-
-    def __init__(self, size_bytes: int) -> None:
-        self._left = size_bytes
-        self._tensors: OrderedDict[bytes, torch.Tensor] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, key: bytes) -> torch.Tensor | None:
-        """Return a tensor by its identity."""
-        with self._lock:
-            tensor = self._tensors.get(key)
-            if tensor is not None:
-                self._tensors.move_to_end(key)
-            return tensor
-
-    def put(self, key: bytes, tensor: torch.Tensor) -> None:
-        """Keep a tensor, in place of the ones not used for longest."""
-        with self._lock:
-            if key in self._tensors:
-                return
-            self._tensors[key] = tensor
-            self._left -= tensor.nbytes
-            while self._left < 0:
-                self._left += self._tensors.popitem(last=False)[1].nbytes
-
-
-class Packs:
-    """The pack files of a workspace, with what is worth keeping in memory between two operations.
+class Reader:
+    """One operation's view of the packs.
 
     Parameters
     ----------
-    catalog : Catalog
-    recent_bytes : int
+    shelf : Shelf
     """
 
-    def __init__(self, catalog: Catalog, recent_bytes: int = 256 << 20) -> None:
-        self.catalog = catalog
-        self.folder = catalog.root / "models" / "packs"
-        self.indexes: dict[int, Pack] = {}
-        self.recent = Recent(recent_bytes)
-
-    def reading(self) -> "Reader":
-        """Begin to read; to be used in a ``with`` block."""
-        return Reader(self)
-
-
-class Reader:
-    """One operation's view of the packs."""
-
-    def __init__(self, packs: Packs) -> None:
-        self.catalog = packs.catalog
-        self._folder = packs.folder
-        self._packs = packs.indexes
-        self._recent = packs.recent
+    def __init__(self, shelf: Shelf) -> None:
+        self.catalog = shelf.catalog
+        self._shelf = shelf
+        self._packs = shelf.indexes
+        self._recent = shelf.recent
         self._checked: set[int] = set()
         self._files: dict[str, int] = {}
         self._lock = threading.Lock()
@@ -109,14 +66,14 @@ class Reader:
             try:
                 for id, row in rows.items():
                     if id not in self._packs or self._packs[id].file != row.file:
-                        self._packs[id] = read_pack(self._folder, row)
+                        self._packs[id] = read_pack(self._shelf.path(row.file), row)
                 break
             except StorageError:
                 raise
             except OSError as error:
                 if isinstance(error, FileNotFoundError) and attempt < _ATTEMPTS - 1:
                     continue  # another process has just moved it
-                raise _unreadable(error, self._folder) from error
+                raise _unreadable(error, self._shelf.folder) from error
         for id in new - rows.keys():
             self._packs.pop(id, None)
         self._checked |= new
@@ -141,7 +98,7 @@ class Reader:
         """Return how a tensor is stored."""
         frame = self.pack(ref[0]).frames[ref[1]]
         if frame is None:
-            raise StorageError(f"the tensor {ref} in {self._folder} was removed")
+            raise StorageError(f"the tensor {ref} in {self._shelf.folder} was removed")
         return frame
 
     def data(self, ref: Ref) -> bytes:
@@ -152,14 +109,14 @@ class Reader:
                 return os.pread(self._descriptor(pack.file), frame.size, pack.offsets[ref[1]])
             except OSError as error:
                 if not isinstance(error, FileNotFoundError) or attempt == _ATTEMPTS - 1:
-                    raise _unreadable(error, self._folder / pack.file) from error
+                    raise _unreadable(error, self._shelf.folder / pack.file) from error
                 self._checked.discard(ref[0])
         raise AssertionError
 
     def _descriptor(self, file: str) -> int:
         with self._lock:
             if file not in self._files:
-                self._files[file] = os.open(self._folder / file, os.O_RDONLY)
+                self._files[file] = os.open(self._shelf.path(file), os.O_RDONLY)
             return self._files[file]
 
     def tensor(self, ref: Ref) -> torch.Tensor:
@@ -191,7 +148,7 @@ class Reader:
         except Exception:  # what a coder says of damaged bytes differs
             sound = False
         if not sound:
-            where = self._folder / self.pack(ref[0]).file
+            where = self._shelf.folder / self.pack(ref[0]).file
             raise StorageError(f"a tensor in {where} is damaged: its content does not hash to {frame.id.hex()[:12]}")
         return tensor
 

@@ -7,7 +7,7 @@ import sqlalchemy as sa
 from dynkit import html
 from dynkit.catalog import edges, layouts, models, names, packs, tensors
 from dynkit.errors import StorageError
-from dynkit.models.reading import Packs
+from dynkit.models.shelf import Shelf
 
 __all__ = ["Stats", "measured"]
 
@@ -70,17 +70,16 @@ def _size(size: float) -> str:
     return f"{size:,.1f} TB"
 
 
-def measured(shelf: Packs) -> Stats:
+def measured(shelf: Shelf) -> Stats:
     """Measure the store."""
     with shelf.catalog.read() as connection:
         count = connection.scalar(sa.select(sa.func.count()).select_from(models))
         raw_bytes = connection.scalar(sa.select(sa.func.sum(models.c.raw_bytes)))
         different = connection.scalar(sa.select(sa.func.count()).select_from(tensors))
-    pack_bytes = sum(path.stat().st_size for path in shelf.folder.glob("*") if path.is_file())
-    return Stats(count or 0, different or 0, raw_bytes or 0, pack_bytes, _catalog_bytes(shelf))
+    return Stats(count or 0, different or 0, raw_bytes or 0, shelf.size_bytes(), _catalog_bytes(shelf))
 
 
-def _catalog_bytes(shelf: Packs) -> int:
+def _catalog_bytes(shelf: Shelf) -> int:
     names_of = [table.name for table in (models, names, layouts, tensors, packs, edges)]
     query = sa.text("SELECT sum(pgsize) FROM dbstat JOIN sqlite_schema USING (name) WHERE tbl_name IN :tables")
     try:

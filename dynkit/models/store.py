@@ -19,16 +19,17 @@ from typing import Any
 import sqlalchemy as sa
 import torch
 
-from dynkit.catalog import Catalog, edges, models, names
+from dynkit.catalog import Catalog, edges, models, names, packs
 from dynkit.errors import Conflict, InvalidInput, StorageError
 from dynkit.models.encoding import Ref
 from dynkit.models.guard import Guard
-from dynkit.models.reading import Packs
+from dynkit.models.reading import Reader
 from dynkit.models.records import Stored, resolved, stored
+from dynkit.models.shelf import Shelf
 from dynkit.models.sizes import Stats, measured
 from dynkit.models.tensors import dtype_name, tensor_id
 from dynkit.models.upkeep import Damage, Freed, collect, inspect, rewrite
-from dynkit.models.writing import Also, Draft, GoneError, commit
+from dynkit.models.writing import Also, Draft, GoneError, bases_of, commit
 
 __all__ = ["ModelStore", "OpenModel"]
 
@@ -60,7 +61,7 @@ class ModelStore:
 
     def __init__(self, catalog: Catalog) -> None:
         self._catalog = catalog
-        self._shelf = Packs(catalog)
+        self._shelf = Shelf(catalog)
 
     def put(
         self,
@@ -107,8 +108,7 @@ class ModelStore:
         ancestors = tuple(dict.fromkeys(self.resolve(parent) for parent in parents))
         step = 0.0
         if policy is not None:
-            before = self.load(ancestors[0]) if ancestors else {}
-            tensors, step, evidence = policy.applied(tensors, before)
+            tensors, step, evidence = policy.applied(tensors, bases_of(self._shelf, tensors, ancestors))
             kept["guard"] = evidence
         ids = {key: bytes.fromhex(tensor_id(tensor)) for key, tensor in tensors.items()}
         draft = Draft(tensors, ids, ancestors, name, kept, step)
@@ -147,7 +147,7 @@ class ModelStore:
         """
         found = self._stored(models)
         refs = list(dict.fromkeys(ref for one in found.values() for ref in one.refs.values()))
-        with self._shelf.reading() as reader:
+        with Reader(self._shelf) as reader:
             reader.prepare(pack for pack, _ in refs)
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 loaded = dict(zip(refs, pool.map(reader.tensor, refs), strict=True))
@@ -160,7 +160,7 @@ class ModelStore:
     def manifest(self, model: str) -> dict[str, str]:
         """Tensor name to tensor identity of a model."""
         one = self._stored([model])[model]
-        with self._shelf.reading() as reader:
+        with Reader(self._shelf) as reader:
             reader.prepare(pack for pack, _ in one.refs.values())
             return {name: reader.frame(ref).id.hex() for name, ref in one.refs.items()}
 
@@ -238,6 +238,14 @@ class ModelStore:
             everything = list(stored(connection).values())
         return inspect(self._shelf, everything, deep=deep)
 
+    def tensors(self) -> set[str]:
+        """Return identities of all tensors in the packs, whether a model has them or not."""
+        with self._catalog.read() as connection:
+            ids = list(connection.scalars(sa.select(packs.c.id)))
+        with Reader(self._shelf) as reader:
+            reader.prepare(ids)
+            return {frame.id.hex() for id in ids for frame in reader.pack(id).frames if frame is not None}
+
     def gc(self, *, grace_s: float = _GRACE_S, garbage: float = 0.25) -> Freed:
         """Remove tensors that no model needs, directly or to predict others from.
 
@@ -299,7 +307,7 @@ class ModelStore:
 class OpenModel(Mapping[str, torch.Tensor]):
     """A model whose tensors are read when they are asked for; from `ModelStore.open`."""
 
-    def __init__(self, shelf: Packs, model: Stored) -> None:
+    def __init__(self, shelf: Shelf, model: Stored) -> None:
         self._shelf = shelf
         self._model = model
 
@@ -310,7 +318,7 @@ class OpenModel(Mapping[str, torch.Tensor]):
 
     def __getitem__(self, name: str) -> torch.Tensor:
         ref: Ref = self._model.refs[name]
-        with self._shelf.reading() as reader:
+        with Reader(self._shelf) as reader:
             return reader.tensor(ref)
 
     def __iter__(self) -> Iterator[str]:

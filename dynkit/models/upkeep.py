@@ -6,7 +6,6 @@ exclude each other by a lock that ends with its process.
 """
 
 import fcntl
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,9 +20,10 @@ from dynkit import html
 from dynkit.catalog import edges, layouts, models, packs, tensors
 from dynkit.errors import StorageError
 from dynkit.models.encoding import Frame, Ref
-from dynkit.models.packs import PackFile, packs_at
-from dynkit.models.reading import Packs, Reader
+from dynkit.models.packs import packs_at
+from dynkit.models.reading import Reader
 from dynkit.models.records import Stored, batched, stored
+from dynkit.models.shelf import Shelf
 from dynkit.models.writing import coded_tensor, key_of, lineage_of, related
 
 __all__ = ["Damage", "Freed", "collect", "inspect", "rewrite"]
@@ -78,11 +78,11 @@ class Freed:
         return html.table(["freed", ""], rows, numbers=[""])
 
 
-def inspect(shelf: Packs, checked: Sequence[Stored], *, deep: bool) -> list[Damage]:
+def inspect(shelf: Shelf, checked: Sequence[Stored], *, deep: bool) -> list[Damage]:
     """Check all tensors that some models need."""
     problems: dict[Ref, tuple[str, str]] = {}
     needs: dict[Ref, set[Ref]] = {}
-    with Packs(shelf.catalog).reading() as reader:  # nothing from memory
+    with shelf.anew() as fresh, Reader(fresh) as reader:
 
         def check(ref: Ref) -> set[Ref]:
             """Return the damaged tensors among this one and what it needs."""
@@ -115,24 +115,24 @@ def _name(reader: Reader, ref: Ref) -> str:
         return f"{ref[0]}:{ref[1]}"
 
 
-def collect(shelf: Packs, grace_s: float, garbage: float) -> Freed:
+def collect(shelf: Shelf, grace_s: float, garbage: float) -> Freed:
     """Remove what no model needs; see `ModelStore.gc`."""
     with _alone(shelf.folder):
-        before, files = _folder_size(shelf.folder)
+        before, files = shelf.size_bytes(), len(shelf.sizes())
         for _ in range(_ATTEMPTS):
             removed = _collect_once(shelf, garbage)
             if removed is not None:
                 break
-        _remove_orphans(shelf, grace_s)
-        after, left = _folder_size(shelf.folder)
+        shelf.discard(shelf.orphans(grace_s))
+        after, left = shelf.size_bytes(), len(shelf.sizes())
     return Freed(removed or 0, files - left, before - after)
 
 
-def _collect_once(shelf: Packs, garbage: float) -> int | None:
+def _collect_once(shelf: Shelf, garbage: float) -> int | None:
     """Free once; None when a writer came between and needs one of the tensors."""
     with shelf.catalog.read() as connection:
         known, rows = stored(connection), packs_at(connection)
-    with shelf.reading() as reader:
+    with Reader(shelf) as reader:
         reader.prepare(rows)
         live = _needed(reader, known.values())
         dead = {
@@ -141,7 +141,7 @@ def _collect_once(shelf: Packs, garbage: float) -> int | None:
             for slot, frame in enumerate(reader.pack(id).frames)
             if frame is not None and (id, slot) not in live
         }
-        victims = _wasteful(shelf.folder, reader, rows, live, garbage)
+        victims = _wasteful(shelf, reader, rows, live, garbage)
         dropped = {ref for ref in dead if rows[ref[0]].file in victims}
         if not dropped and not victims:
             return 0
@@ -163,8 +163,7 @@ def _collect_once(shelf: Packs, garbage: float) -> int | None:
             _replace(shelf, {id: partial(_live_part, reader, id, live) for id in kept}, also)
         except _OvertakenError:
             return None
-    for file in victims:
-        (shelf.folder / file).unlink(missing_ok=True)
+    shelf.discard(victims)
     return len(dropped)
 
 
@@ -186,7 +185,7 @@ def _needed(reader: Reader, known: Iterable[Stored]) -> set[Ref]:
     return live
 
 
-def _wasteful(folder: Path, reader: Reader, rows: "dict[int, sa.Row[Any]]", live: set[Ref], garbage: float) -> set[str]:
+def _wasteful(shelf: Shelf, reader: Reader, rows: "dict[int, sa.Row[Any]]", live: set[Ref], garbage: float) -> set[str]:
     """Files of which more than this share is not needed."""
     useful = dict.fromkeys((row.file for row in rows.values()), 0)
     for id, slot in live:
@@ -194,7 +193,7 @@ def _wasteful(folder: Path, reader: Reader, rows: "dict[int, sa.Row[Any]]", live
     alive = {id for id, _ in live}
     for id, row in rows.items():
         useful[row.file] += row.size if id in alive else 0
-    sizes = {file: (folder / file).stat().st_size for file in useful}
+    sizes = shelf.sizes()
     dead_slots = {
         row.file
         for id, row in rows.items()
@@ -208,20 +207,20 @@ def _wasteful(folder: Path, reader: Reader, rows: "dict[int, sa.Row[Any]]", live
 
 
 def _needed_by_new(
-    shelf: Packs, connection: sa.Connection, known: "dict[str, Stored]", rows: "dict[int, sa.Row[Any]]"
+    shelf: Shelf, connection: sa.Connection, known: "dict[str, Stored]", rows: "dict[int, sa.Row[Any]]"
 ) -> set[Ref]:
     """Tensors that models and packs rely on which were committed after `known` and `rows` were read."""
     fresh = set(connection.scalars(sa.select(models.c.id))) - known.keys()
     refs = {ref for model in stored(connection, fresh).values() for ref in model.refs.values()}
     added = set(connection.scalars(sa.select(packs.c.id))) - rows.keys()
-    with shelf.reading() as reader:
+    with Reader(shelf) as reader:
         reader.prepare(added)
         frames = (frame for id in added for frame in reader.pack(id).frames if frame is not None)
         return refs | {base for frame in frames for base in frame.bases}
 
 
 def _replace(
-    shelf: Packs,
+    shelf: Shelf,
     content: Mapping[int, Callable[[], Iterable[tuple[Frame | None, Any]]]],
     also: Callable[[sa.Connection], None] = lambda connection: None,
 ) -> None:
@@ -230,9 +229,9 @@ def _replace(
         with shelf.catalog.write() as connection:
             also(connection)
         return
-    with PackFile.writing(shelf.folder) as file:
+    with shelf.writing() as file:
         placed = {id: file.add(frames()) for id, frames in content.items()}
-        file.finish()
+        shelf.publish(file)
         with shelf.catalog.write() as connection:
             for id, written in placed.items():
                 values = {"file": file.name, **vars(written)}
@@ -244,27 +243,15 @@ class _OvertakenError(Exception):
     """A writer needs what was to be removed."""
 
 
-def _remove_orphans(shelf: Packs, grace_s: float) -> None:
-    """Remove files that are in no catalog and that no writer can be about to commit."""
-    old = time.time() - grace_s
-    candidates = [path for path in shelf.folder.glob("*.pack") if path.stat().st_mtime <= old]
-    candidates += [path for path in shelf.folder.glob(".*.pack") if path.stat().st_mtime <= old]
-    with shelf.catalog.read() as connection:
-        known = set(connection.scalars(sa.select(packs.c.file).distinct()))
-    for path in candidates:
-        if path.name not in known:
-            path.unlink(missing_ok=True)
-
-
-def rewrite(shelf: Packs) -> Freed:
+def rewrite(shelf: Shelf) -> Freed:
     """Store every tensor in the smallest way that is found now; see `ModelStore.repack`."""
     improved = 0
     with _alone(shelf.folder):
-        before, files = _folder_size(shelf.folder)
+        before, files = shelf.size_bytes(), len(shelf.sizes())
         with shelf.catalog.read() as connection:
             rows = packs_at(connection)
             plan = _Plan(connection)
-            with shelf.reading() as reader:
+            with Reader(shelf) as reader:
                 reader.prepare(rows)
                 for group in _groups(reader, rows):
                     coded = {id: list(_recoded(reader, id, plan)) for id in group}
@@ -272,8 +259,8 @@ def rewrite(shelf: Packs) -> Freed:
                     if better or len({rows[id].file for id in group}) > 1:
                         _replace(shelf, {id: partial(_without_note, slots) for id, slots in coded.items()})
                     improved += better
-        _remove_replaced(shelf, {row.file for row in rows.values()})
-        after, left = _folder_size(shelf.folder)
+        shelf.discard({row.file for row in rows.values()} - shelf.sizes().keys())
+        after, left = shelf.size_bytes(), len(shelf.sizes())
     return Freed(improved, files - left, before - after)
 
 
@@ -347,14 +334,6 @@ def _groups(reader: Reader, rows: "dict[int, sa.Row[Any]]") -> Iterator[list[int
         yield group
 
 
-def _remove_replaced(shelf: Packs, files: set[str]) -> None:
-    """Remove files that the catalog pointed to and does not any more."""
-    with shelf.catalog.read() as connection:
-        known = set(connection.scalars(sa.select(packs.c.file).distinct()))
-    for file in files - known:
-        (shelf.folder / file).unlink(missing_ok=True)
-
-
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Wait until no other process looks after the packs."""
@@ -362,9 +341,3 @@ def _alone(folder: Path) -> Iterator[None]:
     with (folder / ".lock").open("ab") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
-
-
-def _folder_size(folder: Path) -> tuple[int, int]:
-    """Bytes and number of the pack files."""
-    sizes = [path.stat().st_size for path in folder.glob("*.pack")]
-    return sum(sizes), len(sizes)

@@ -14,18 +14,21 @@ import sqlalchemy as sa
 import torch
 
 from dynkit.catalog import edges, packs, tensors
+from dynkit.errors import NotFound
 from dynkit.models.encoding import Frame, Ref, encode
-from dynkit.models.packs import PackFile, Written
-from dynkit.models.reading import Packs, Reader
+from dynkit.models.packs import Written
+from dynkit.models.reading import Reader
 from dynkit.models.records import Stored, batched, insert_model, move_name, stored
+from dynkit.models.shelf import Shelf
 from dynkit.models.tensors import manifest_id
 
-__all__ = ["Also", "Draft", "coded_tensor", "commit", "lineage_of", "related"]
+__all__ = ["Also", "Draft", "bases_of", "coded_tensor", "commit", "lineage_of", "related"]
 
 Also = Callable[[sa.Connection, str], None]
 
 _GENERATIONS = 8  # of ancestors that are looked at
 _ANCESTORS = 12  # after which no further generation is
+_LOSSY = 0.12  # the same of a rounded one
 _USUAL = 0.6  # share of a tensor that is left of it, about
 _EARLIER = 2  # tensors, besides those of the parents, that one may be predicted from
 
@@ -69,7 +72,7 @@ class GoneError(Exception):
     """A tensor that is relied on was removed meanwhile."""
 
 
-def commit(shelf: Packs, draft: Draft, also: Also | None) -> None:
+def commit(shelf: Shelf, draft: Draft, also: Also | None) -> None:
     """Write a pack with what is new and publish the model.
 
     Raises
@@ -77,7 +80,7 @@ def commit(shelf: Packs, draft: Draft, also: Also | None) -> None:
     GoneError
         Nothing was committed; to be tried again.
     """
-    with shelf.reading() as reader:
+    with Reader(shelf) as reader:
         known = _known(reader, draft.ids.values())
         new = {id: named for id, named in draft.tensors.items() if id not in known}
         coded = _coded(reader, draft, new)
@@ -87,9 +90,9 @@ def commit(shelf: Packs, draft: Draft, also: Also | None) -> None:
             _publish(connection, draft, known, also)
             _still_there(connection, shelf, relied)
         return
-    with PackFile.writing(shelf.folder) as file:
+    with shelf.writing() as file:
         written = file.add(coded)
-        file.finish()
+        shelf.publish(file)
         with shelf.catalog.write() as connection:
             _still_there(connection, shelf, relied)
             pack = _insert_pack(connection, file.name, written)
@@ -144,7 +147,10 @@ def lineage_of(connection: sa.Connection, parents: Iterable[str]) -> tuple[list[
         generation = [model for model in dict.fromkeys(connection.scalars(query)) if model not in seen]
         seen |= dict.fromkeys(generation)
     found = stored(connection, seen)
-    return [found[model] for model in direct], [found[model] for model in seen if model not in direct]
+    present = [model for model in seen if model in found]  # one may have been removed meanwhile
+    return [found[model] for model in present if model in direct], [
+        found[model] for model in present if model not in direct
+    ]
 
 
 def related(name: str, parents: Iterable[Stored], earlier: Iterable[Stored]) -> tuple[list[Ref], list[Ref]]:
@@ -167,18 +173,36 @@ def coded_tensor(
 ) -> tuple[Frame, bytes]:
     """Code one tensor with those related ones that its decoding may depend on."""
     admits = reader.admits(tensor.nbytes)
-    direct = [ref for ref in parents if admits([ref], 0)]
-    within = [ref for ref in earlier if admits([ref], int(_USUAL * tensor.nbytes))][:_EARLIER]
-    nearest = [ref for ref in earlier[:1] if admits([ref], 0)]
-    before = list(dict.fromkeys([*nearest, *within]))
-    bases = [(ref, reader.base(ref)) for ref in (*direct, *before)]
+    direct = _usable(reader, tensor, parents, _LOSSY if step else 0)
+    within = _usable(reader, tensor, earlier, _LOSSY if step else _USUAL)[:_EARLIER]
+    nearest = _usable(reader, tensor, earlier[:1], 0)
+    bases = [(ref, reader.base(ref)) for ref in dict.fromkeys([*direct, *nearest, *within])]
     return encode(id, tensor, bases, parents=len(direct), admits=admits, step=step)
 
 
-def _still_there(connection: sa.Connection, shelf: Packs, refs: Iterable[Ref]) -> None:
+def _usable(reader: Reader, tensor: torch.Tensor, refs: Iterable[Ref], share: float) -> list[Ref]:
+    """Tensors that one may depend on which takes this share of its bytes itself."""
+    admits = reader.admits(tensor.nbytes)
+    return [ref for ref in refs if admits([ref], int(share * tensor.nbytes))]
+
+
+def bases_of(shelf: Shelf, state: Mapping[str, torch.Tensor], parents: Iterable[str]) -> dict[str, list[torch.Tensor]]:
+    """Return the tensors of parents that each tensor can be predicted from; those of the nearest ancestor instead."""
+    with Reader(shelf) as reader:
+        with shelf.catalog.read() as connection:
+            models, earlier = lineage_of(connection, parents)
+        found = {}
+        for name, tensor in state.items():
+            direct, before = related(name, models, earlier)
+            near = _usable(reader, tensor, direct, _LOSSY) or _usable(reader, tensor, before, _LOSSY)[:1]
+            found[name] = [reader.base(ref) for ref in near]
+        return found
+
+
+def _still_there(connection: sa.Connection, shelf: Shelf, refs: Iterable[Ref]) -> None:
     """Make sure, inside the transaction, that nobody removed these tensors since they were found."""
     wanted = set(refs)
-    with shelf.reading() as reader:
+    with Reader(shelf) as reader:
         reader.prepare(pack for pack, _ in wanted)
         if any(reader.find(ref) is None for ref in wanted):
             raise GoneError
@@ -192,6 +216,9 @@ def _insert_pack(connection: sa.Connection, file: str, written: Written) -> int:
 def _publish(connection: sa.Connection, draft: Draft, refs: Mapping[bytes, Ref], also: Also | None) -> None:
     """Insert the model, its name and its place in the lineage."""
     identity = draft.identity
+    gone = set(draft.parents) - stored(connection, draft.parents).keys()
+    if gone:
+        raise NotFound(f"the parent {sorted(gone)[0][:12]} was removed while its child was written")
     raw_bytes = sum(tensor.nbytes for tensor in draft.state.values())
     by_name = {name: refs[id] for name, id in draft.ids.items()}
     insert_model(connection, identity, by_name, raw_bytes, draft.metadata)

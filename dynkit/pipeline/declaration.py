@@ -1,12 +1,12 @@
 """A Pipeline as declared: what to train on, when, on which samples, how, and how to judge it."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from dynkit.catalog import Catalog
 from dynkit.data import Dataset, check_name
-from dynkit.errors import InvalidInput, check_whole
+from dynkit.errors import InvalidInput, check_whole, did_you_mean
 from dynkit.evaluation.settings import Evaluation
 from dynkit.pipeline.owner import Owner, new_id, new_run
 from dynkit.pipeline.payload import pack
@@ -17,6 +17,8 @@ from dynkit.training.settings import Training
 from dynkit.types import Event, Model, Selection, Trigger
 
 __all__ = ["Pipeline"]
+
+_MAX_SLICES = 1000  # of a column
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,20 +70,21 @@ class Pipeline:
         for name, kind in (("training", Training), ("evaluation", Evaluation)):
             if not isinstance(getattr(self, name), kind):
                 raise InvalidInput(f"{name}={getattr(self, name)!r} must be dk.{kind.__name__}(...)")
+        _check_slices(dataset, self.evaluation.slices)
         check_whole("seed", self.seed, 0)
         object.__setattr__(self, "dataset", dataset)
         object.__setattr__(self, "model", as_model(self.model))
         object.__setattr__(self, "trigger", as_trigger(self.trigger))
         object.__setattr__(self, "selection", as_selection(self.selection))
 
-    def replay(self, *, live: bool = False) -> Iterator[Event]:
+    def replay(self, *, live: bool = False, reuse: bool = False) -> Iterator[Event]:
         """Run here and now; each iteration does the next step and yields its event.
 
         Leaving the iteration early interrupts the run; ``ws.run(event.run).resume()`` continues it in the background.
 
         Parameters
         ----------
-        live : bool
+        live, reuse : bool
             See `start`.
 
         Yields
@@ -91,10 +94,10 @@ class Pipeline:
         """
         from dynkit.pipeline.replay import replay
 
-        pipeline, run = self._register(live=live)
+        pipeline, run = self._register(live=live, reuse=reuse)
         yield from replay(lambda _: pipeline, Owner(self.dataset.catalog, run))
 
-    def start(self, *, live: bool = False) -> Run:
+    def start(self, *, live: bool = False, reuse: bool = False) -> Run:
         """Run in a process of its own that owns the device; return the handle at once.
 
         Parameters
@@ -102,8 +105,11 @@ class Pipeline:
         live : bool
             Go on with every version that is committed: samples are seen in the order of their arrival, and training
             happens as they come. `Run.finish` ends it with the evaluation.
+        reuse : bool
+            Where a run of this workspace has trained the same model on the same samples from the same parent with the
+            same settings and seed, take what came out; where one is at it, wait for it. Not with `carry_optimizer`.
         """
-        _, run = self._register(live=live)
+        _, run = self._register(live=live, reuse=reuse)
         return Run(self.dataset.catalog, run)._spawn()
 
     def digest(self) -> str:
@@ -115,9 +121,11 @@ class Pipeline:
         parts = {name: describe(getattr(self, name)) for name in ("model", "trigger", "selection", "seed")}
         return {"dataset": self.dataset.name, **parts, **describe(self.training), **describe(self.evaluation)}
 
-    def _register(self, *, live: bool) -> tuple["Pipeline", str]:
+    def _register(self, *, live: bool, reuse: bool) -> tuple["Pipeline", str]:
         """Make the run in the catalog; return the pipeline at the dataset's present version, and the run's id."""
         pipeline = dataclasses.replace(self, dataset=self.dataset.at(self.dataset.version))
+        if reuse and self.training.carry_optimizer:
+            raise InvalidInput("reuse=True keeps no optimizer for carry_optimizer=True; use one of them")
         catalog = self.dataset.catalog
         run = new_id()
         parts = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "dataset"}
@@ -129,7 +137,20 @@ class Pipeline:
             digest=digest([pipeline.digest(), run]) if live else pipeline.digest(),  # no other run equals a live one
             dataset=self.dataset.name,
             version=pipeline.dataset.version,
-            description={**self.describe(), **({"live": True} if live else {})},
+            description={**self.describe(), **({"live": True} if live else {}), **({"reuse": True} if reuse else {})},
         )
         note(Run(catalog, run))
         return pipeline, run
+
+
+def _check_slices(dataset: Dataset, columns: Sequence[str]) -> None:
+    """Refuse columns that are not there or have no values to tell samples apart by, before anything is trained."""
+    known = ["label", *dataset.schema["columns"]]
+    for column in columns:
+        if column not in known:
+            raise InvalidInput(f"slices has {column!r}, no column of {dataset.name!r}{did_you_mean(column, known)}")
+        values = dataset.open().columns([column])[column]
+        if values.dtype.is_float() or values.dtype.is_nested():
+            raise InvalidInput(f"slices has {column!r} of {values.dtype}; expected texts, whole numbers or booleans")
+        if (n := values.n_unique()) > _MAX_SLICES:
+            raise InvalidInput(f"slices has {column!r} of {n} values; at most {_MAX_SLICES} can be judged apart")

@@ -21,6 +21,7 @@ from dynkit import catalog as tables
 from dynkit.catalog import Catalog
 from dynkit.data import Dataset
 from dynkit.errors import Conflict, DynkitError
+from dynkit.evaluation.matrix import Scored, rows_of
 from dynkit.models import ModelStore
 from dynkit.pipeline.process import identity
 from dynkit.types import Event, Trained, Window
@@ -122,10 +123,19 @@ class Owner:
             starts = sa.select(triggers.c.block_start).where(triggers.c.run == self.run).order_by(triggers.c.index)
             self.block_starts = list(connection.scalars(starts))
             self.state: bytes | None = row.state
+            self.decided = self._last_decision(connection)  # in an earlier life
             self._dataset = row.dataset, row.dataset_version
             self.live: bool = row.pipeline.get("live", False)
+            self.reuse: bool = row.pipeline.get("reuse", False)
         self._pulse.start()
         return self
+
+    def _last_decision(self, connection: sa.Connection) -> int:
+        """Position of the last decision that was reported; -1 before any."""
+        events = tables.events
+        query = sa.select(events.c.data).where(events.c.run == self.run, events.c.kind == "decided")
+        last = connection.scalar(query.order_by(events.c.seq.desc()).limit(1))
+        return -1 if last is None else int(last["position"])
 
     @property
     def dataset(self) -> Dataset:
@@ -169,6 +179,11 @@ class Owner:
         self._ended.set()
         self._pulse.join()
         return self._end("finished", None, data)
+
+    def decide(self, reports: list[dict[str, Any]]) -> list[Event]:
+        """Commit decisions of the trigger, all or none."""
+        with self.catalog.write() as connection:
+            return [insert_event(connection, self.run, "decided", report) for report in reports]
 
     def event(self, kind: str, **data: Any) -> Event:
         """Commit one event."""
@@ -223,6 +238,12 @@ class Owner:
         self.committed.append(committed[0][0])
         return committed[0]
 
+    def trained_before(self, training: str) -> Any:
+        """Return the row of a trigger, of any run, that did this very training; None when there is none."""
+        table = tables.triggers
+        with self.catalog.read() as connection:
+            return connection.execute(sa.select(table).where(table.c.training == training).limit(1)).one_or_none()
+
     def evaluated_windows(self) -> set[tuple[int, int]]:
         """Windows (start, end) already in the matrix."""
         table = tables.evaluations
@@ -230,23 +251,10 @@ class Owner:
             query = sa.select(table.c.window_start_ns, table.c.window_end_ns).where(table.c.run == self.run).distinct()
             return {(row.window_start_ns, row.window_end_ns) for row in connection.execute(query)}
 
-    def commit_window(self, window: Window, samples: int, scores: dict[str, dict[str, float | None]]) -> Event:
-        """Commit one column of the models x windows matrix."""
-        rows = [
-            {
-                "run": self.run,
-                "model": model,
-                "window_start_ns": window.start_ns,
-                "window_end_ns": window.end_ns,
-                "window_anchor_ns": window.anchor,
-                "metric": metric,
-                "metric_index": metric_index,
-                "value": value,
-                "samples": samples,
-            }
-            for model, by_metric in scores.items()
-            for metric_index, (metric, value) in enumerate(by_metric.items())
-        ]
+    def commit_window(self, window: Window, scored: dict[str, Scored]) -> Event:
+        """Commit one column of the models x windows matrix, of all samples and of each slice."""
+        samples = scored[""].samples
+        rows = rows_of(self.run, window, scored)
         data = {"start": window.start.isoformat(), "end": window.end.isoformat(), "samples": samples}
         with self.catalog.write() as connection:
             if rows:

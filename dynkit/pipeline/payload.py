@@ -2,8 +2,8 @@
 
 Its dataset goes by name, so that a workspace can be moved; the rest by cloudpickle. Functions of a notebook, and of
 scripts that are not installed packages, go by value, so that a run can continue after the notebook is gone or the
-script has changed. `load` is the only place where user code is loaded, and only for a run that somebody starts or
-resumes.
+script has changed. `parts` is the only place where user code is loaded, and only for a run that somebody starts,
+resumes or asks a what-if of.
 """
 
 import json
@@ -23,7 +23,7 @@ from dynkit.errors import InvalidInput, StorageError
 from dynkit.lineage.origins import facts
 from dynkit.policies import is_user_code
 
-__all__ = ["Payload", "load", "pack"]
+__all__ = ["Payload", "load", "pack", "parts"]
 
 _PIPELINE = "pipeline.pkl"
 _ENVIRONMENT = "environment.json"
@@ -113,7 +113,6 @@ def _sources() -> dict[str, str]:
 def load(folder: Path) -> dict[str, Any]:
     """Set this process up as the pipeline's code expects it, and unpickle what `pack` was given."""
     environment = json.loads((folder / _ENVIRONMENT).read_text())
-    sys.path += [entry for entry in environment["sys_path"] if entry not in sys.path]
     if Path(environment["cwd"]).is_dir():
         os.chdir(environment["cwd"])
     for name, text in environment["sources"].items():
@@ -122,5 +121,12 @@ def load(folder: Path) -> dict[str, Any]:
         import torch
 
         torch.set_num_threads(environment["torch_threads"])
-    parts: dict[str, Any] = cloudpickle.loads((folder / _PIPELINE).read_bytes())
-    return parts
+    return parts(folder)
+
+
+def parts(folder: Path) -> dict[str, Any]:
+    """Unpickle what `pack` was given; of this process, only where it imports from is changed."""
+    environment = json.loads((folder / _ENVIRONMENT).read_text())
+    sys.path += [entry for entry in environment["sys_path"] if entry not in sys.path]
+    unpickled: dict[str, Any] = cloudpickle.loads((folder / _PIPELINE).read_bytes())
+    return unpickled

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import polars as pl
 import sqlalchemy as sa
@@ -19,6 +18,7 @@ from dynkit import catalog as tables
 from dynkit.catalog import Catalog
 from dynkit.data import Dataset, Version, in_split
 from dynkit.evaluation import evaluate
+from dynkit.evaluation.matrix import Scored
 from dynkit.pipeline.declaration import Pipeline
 from dynkit.pipeline.payload import load
 from dynkit.pipeline.train import Outcome, train
@@ -74,15 +74,15 @@ class Recipe:
         with self._at_home() as pipeline, seeded(pipeline.seed):
             return pipeline.model()
 
-    def train(self, index: int, version: Version, keys: IntArray, weights: Any, parent: State | None) -> Outcome:
-        """Train as the run did at this trigger, on these samples and from this parent."""
+    def train(self, index: int, version: Version, chosen: pl.DataFrame, parent: State | None) -> Outcome:
+        """Train as the run did at this trigger, on these samples and from this parent; its optimizer begins anew."""
         with self._at_home() as pipeline:
             device = resolve_device(pipeline.training.device)
-            return train(pipeline, index, version, keys, weights, parent=parent, device=device)
+            return train(pipeline, index, version, chosen, parent=parent, device=device)
 
     def judge(
         self, states: dict[str, State], windows: Iterable[Window], version: Version, without: IntArray
-    ) -> Iterator[tuple[Window, int, dict[str, dict[str, float | None]]]]:
+    ) -> Iterator[tuple[Window, dict[str, Scored]]]:
         """Score models in windows as the run did, leaving out some samples; yields as `evaluate` does."""
         with self._at_home() as pipeline:
             evaluation = pipeline.evaluation
@@ -98,6 +98,7 @@ class Recipe:
                 version,
                 table.sort("timestamp", "key"),
                 evaluation.resolved(),
+                slices=evaluation.slices,
                 device=resolve_device(pipeline.training.device),
                 batch_size=evaluation.batch_size,
             )

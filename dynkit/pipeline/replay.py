@@ -10,24 +10,27 @@ training and selection draws from a seed of its own (run seed, trigger index), s
 import copy
 import pickle
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import cloudpickle
 import numpy as np
 import polars as pl
 
-from dynkit.data import as_keys, in_split
-from dynkit.errors import Conflict, InvalidInput, PolicyError
+from dynkit.data import in_split
+from dynkit.disk import locked
+from dynkit.errors import Conflict, PolicyError
 from dynkit.evaluation import evaluate
 from dynkit.lineage.samples import content, write_selection
 from dynkit.pipeline.owner import Owner
 from dynkit.pipeline.stream import Stream
-from dynkit.pipeline.train import train
+from dynkit.pipeline.train import Outcome, seed_of, train
 from dynkit.pipeline.view import View
-from dynkit.policies import describe
-from dynkit.time import IntArray
+from dynkit.policies import as_chosen, describe, digest
 from dynkit.training import resolve_device, seeded
+from dynkit.training.checkpoint import read_state, write_state
 from dynkit.types import Event, Trained, Window
 
 if TYPE_CHECKING:
@@ -52,8 +55,8 @@ def replay(load: "Callable[[Owner], Pipeline]", owner: Owner) -> Iterator[Event]
     Yields
     ------
     Event
-        ``started`` (or ``resumed``), for each trigger ``triggered``, ``selected``, ``trained``, then ``evaluated``
-        per window and ``finished``.
+        ``started`` (or ``resumed``), ``decided`` for what a trigger reports, for each trigger ``triggered``,
+        ``selected``, ``trained``, then ``evaluated`` per window and ``finished``.
     """
     with owner:
         loop = _Loop(load(owner), owner)
@@ -63,15 +66,12 @@ def replay(load: "Callable[[Owner], Pipeline]", owner: Owner) -> Iterator[Event]
         row, trigger = loop.restore()
         while (row := loop.more(row)) < len(loop.stream):
             owner.check()
-            new = loop.stream.table.slice(row, BLOCK_ROWS)
             snapshot = _pickled(trigger)  # to continue from here, the trigger must see this block again
-            loop.view.move(row)
-            for offset in _positions(trigger(new, loop.view), new.height):
-                seen = row + offset + 1
-                if seen > loop.view.last_row:  # without new samples there is nothing to train on
-                    yield from loop.train(seen, row, snapshot)
-                    loop.view.move(seen, since=-(offset + 1))
-            row += new.height
+            for seen in loop.view.fires(trigger, row, BLOCK_ROWS):
+                yield from loop.decided()
+                yield from loop.train(seen, row, snapshot)
+            yield from loop.decided()
+            row = min(row + BLOCK_ROWS, len(loop.stream))
             loop.show("reading", row)
         loop.view.see_all()
         yield from loop.evaluate()
@@ -88,7 +88,7 @@ class _Loop:
         self._begin = 0  # position that the run goes on from; a live stream may have to grow up to it
         self.device = resolve_device(pipeline.training.device)
         self.selection = copy.deepcopy(pipeline.selection)
-        self.view = View(self.stream, owner.store, pipeline.model, self.device)
+        self.view = View(self.stream, owner.store, pipeline, self.device, lambda samples: owner.check())
 
     def restore(self) -> tuple[int, Any]:
         """Return where to go on, and the trigger as it was there."""
@@ -123,6 +123,12 @@ class _Loop:
         fraction = (1 - _EVALUATION_SHARE) * position / len(self.stream)
         self.owner.progress = {"phase": phase, "fraction": fraction, "position": int(position), **details}
 
+    def decided(self) -> Iterator[Event]:
+        """Commit what the trigger reported, once: on continuing it decides again what it decided in an earlier life."""
+        reports = [report for report in self.view.reported() if report["position"] > self.owner.decided]
+        if reports:
+            yield from self.owner.decide(reports)
+
     def train(self, seen: int, block_row: int, snapshot: bytes) -> Iterator[Event]:
         """Select, train and commit at one trigger; recognise one that an earlier life of the run committed."""
         index, position = len(self.view.trained), self.stream.position(seen)
@@ -146,70 +152,117 @@ class _Loop:
             return
         self.view.move(seen, since=int(trainable[self.view.last_row :].sum()))
         started_s = time.perf_counter()
-        keys, weights = self._select(index, seen)
+        chosen = self._select(index, seen)
         select_s = time.perf_counter() - started_s
-        write_selection(self.owner.catalog.root, self.owner.run, index, keys, weights)
-        yield self.owner.event("selected", index=index, samples=len(keys), seconds=round(select_s, 4))
-        started_s = time.perf_counter()
-        parent = self.view.trained[-1].model if self.pipeline.training.warm_start and self.view.trained else None
-        outcome = train(
-            self.pipeline,
-            index,
-            self.stream.version,
-            keys,
-            weights,
-            parent=None if parent is None else self.owner.store.load(parent),
-            device=self.device,
-            on_batch=self._in_training(index, seen, len(keys)),
-        )
-        train_s = time.perf_counter() - started_s
-        history = outcome.history
-        self.show("storing", seen, trigger=index)
-        trained, event = self.owner.commit_trained(
-            Trained(index, position, last_ns, "", len(keys), train_s),
-            outcome.state,
-            parent=parent,
-            columns={
-                "block_start": self.stream.position(block_row),
-                "dataset_version": self.stream.version.number,
-                "selection": content(keys, weights),
-                "select_s": select_s,
-                "samples_passed": outcome.passed,
-                "report": history,
-            },
-            policies=pickle.dumps((snapshot, _pickled(self.selection))),
-            event={
-                "index": index,
-                "samples": len(keys),
-                "seconds": round(train_s, 4),
-                **(history[-1] if history else {}),
-            },
-        )
+        write_selection(self.owner.catalog.root, self.owner.run, index, chosen)
+        samples, selection = chosen["key"].n_unique(), content(chosen)
+        yield self.owner.event("selected", index=index, samples=samples, seconds=round(select_s, 4))
+        training = self._training(index, selection)
+        with self._alone(training):
+            earlier = self.owner.trained_before(training) if self.owner.reuse else None
+            if earlier is None:
+                started_s = time.perf_counter()
+                outcome = self._fit(index, seen, chosen, selection)
+                train_s = time.perf_counter() - started_s
+            else:
+                outcome = Outcome(self.owner.store.load(earlier.model), earlier.report, earlier.samples_passed)
+                train_s = earlier.train_s
+            self.show("storing", seen, trigger=index)
+            trained, event = self.owner.commit_trained(
+                Trained(index, position, last_ns, "", samples, train_s),
+                outcome.state,
+                parent=self._parent(),
+                columns={
+                    "block_start": self.stream.position(block_row),
+                    "dataset_version": self.stream.version.number,
+                    "selection": selection,
+                    "training": training,
+                    "select_s": select_s,
+                    "samples_passed": outcome.passed,
+                    "report": outcome.history,
+                },
+                policies=pickle.dumps((snapshot, _pickled(self.selection))),
+                event={
+                    "index": index,
+                    "samples": samples,
+                    "seconds": round(train_s, 4),
+                    **({} if earlier is None else {"reused": earlier.run}),
+                    **(outcome.history[-1] if outcome.history else {}),
+                },
+            )
         self.view.trained += (trained,)
+        self._forget(index)
         yield event
 
-    def _select(self, index: int, seen: int) -> "tuple[IntArray, np.ndarray[Any, Any] | None]":
+    def _select(self, index: int, seen: int) -> pl.DataFrame:
+        """Return key, and weight, epoch and score where the selection gave them."""
         pool = self.stream.table.head(seen)
         trainable = self.stream.trainable[:seen]
         if not trainable.all():
             pool = pool.filter(trainable)
         rng = np.random.default_rng([self.pipeline.seed, index])
-        keys, weights = _keys_and_weights(self.selection(pool, self.view, rng))
-        rows = self.stream.place(keys)
-        if len(keys) and not (rows.min() >= 0 and rows.max() < seen and trainable[rows].all()):
+        chosen = as_chosen(self.selection(pool, self.view, rng), self.pipeline.training.epochs)
+        rows = self.stream.place(chosen["key"].to_numpy())
+        if chosen.height and not (rows.min() >= 0 and rows.max() < seen and trainable[rows].all()):
             raise PolicyError(f"the selection returned keys at trigger {index} that are not in its pool")
-        if not len(keys):
+        if not chosen.height:
             raise PolicyError(
                 f"the selection returned no samples at trigger {index} ({seen} in the pool); return at least one key, "
                 "or let the trigger decide not to train"
             )
-        return keys, weights
+        return chosen
 
-    def _in_training(self, index: int, seen: int, selected: int) -> Any:
+    def _training(self, index: int, selection: str) -> str:
+        """Identity of a training: equal ones give equal models."""
+        pipeline = self.pipeline
+        about = (pipeline.dataset.name, self.stream.number, selection, self._parent(), seed_of(pipeline, index))
+        return digest([*about, pipeline.model, pipeline.training])
+
+    def _alone(self, training: str) -> AbstractContextManager[None]:
+        """Keep other runs that want the same from training it a second time."""
+        if not self.owner.reuse:
+            return nullcontext()
+        return locked(self.owner.catalog.root / "locks" / training, self.owner.check)
+
+    def _fit(self, index: int, seen: int, chosen: pl.DataFrame, selection: str) -> Outcome:
+        """Train one model; its state on the way and its optimizer are kept beside the run."""
+        parent, carry = self._parent(), self.pipeline.training.carry_optimizer
+        outcome = train(
+            self.pipeline,
+            index,
+            self.stream.version,
+            chosen,
+            parent=None if parent is None else self.owner.store.load(parent),
+            device=self.device,
+            on_batch=self._in_training(index, seen, chosen),
+            checkpoint=self._file(index, "checkpoint"),
+            identity=f"{selection} {parent}",
+            carried=read_state(self._file(index - 1, "optimizer")) if parent and carry else None,
+        )
+        if carry:
+            write_state(self._file(index, "optimizer"), outcome.carried)
+        return outcome
+
+    def _parent(self) -> str | None:
+        """Return the model that the next training starts from."""
+        return self.view.trained[-1].model if self.pipeline.training.warm_start and self.view.trained else None
+
+    def _file(self, index: int, kind: str) -> Path:
+        """Where a training keeps its state."""
+        return self.owner.folder / "training" / f"{index:06d}.{kind}"
+
+    def _forget(self, index: int) -> None:
+        """Remove what trainings kept, once they are committed; only the newest optimizer is still needed."""
+        for path in (self.owner.folder / "training").glob("*"):
+            if path != self._file(index, "optimizer"):
+                path.unlink()
+
+    def _in_training(self, index: int, seen: int, chosen: pl.DataFrame) -> Any:
         """Make the function that the loader calls before each batch: obey requests, tell the progress."""
         before, done = self.view.last_row, 0
         training = self.pipeline.training
-        total = training.epochs * (selected - int(training.validation * selected))
+        passes = 1 if "epoch" in chosen.columns else training.epochs
+        total = passes * (chosen.height - int(training.validation * chosen.height))
         base = {"phase": "training", "trigger": index, "samples": total}
         scale = (1 - _EVALUATION_SHARE) / len(self.stream)
 
@@ -252,12 +305,13 @@ class _Loop:
             self.stream.version,
             self._judged(),
             evaluation.resolved(),
+            slices=evaluation.slices,
             device=self.device,
             batch_size=evaluation.batch_size,
             on_batch=lambda samples: self.owner.check(),
         )
-        for n, (window, samples, scores) in enumerate(scored, 1):
-            yield self.owner.commit_window(window, samples, scores)
+        for n, (window, scores) in enumerate(scored, 1):
+            yield self.owner.commit_window(window, scores)
             self._show_window(n + 1, len(left))
 
     def _judged(self) -> pl.DataFrame:
@@ -282,39 +336,3 @@ def _pickled(policy: Any) -> bytes:
         raise PolicyError(
             f"{describe(policy)} cannot be saved, so the run could not continue later: {error}"
         ) from error
-
-
-def _positions(decision: Any, height: int) -> Iterator[int]:
-    """Row positions of a trigger's decision, checked, lazily: a generator goes on after each training."""
-    if isinstance(decision, bool | np.bool_) or decision is None:
-        if decision:
-            yield height - 1
-        return
-    if not isinstance(decision, Iterable):
-        raise PolicyError(f"the trigger returned {decision!r}; expected True, False or row positions of `new`")
-    last = -2
-    for position in decision:
-        if not isinstance(position, int | np.integer) or isinstance(position, bool) or not last < position < height:
-            raise PolicyError(
-                f"the trigger returned position {position!r} after {last}; expected increasing whole numbers "
-                f"from -1 to {height - 1}"
-            )
-        last = int(position)
-        yield last
-
-
-def _keys_and_weights(chosen: Any) -> "tuple[IntArray, np.ndarray[Any, Any] | None]":
-    """Convert what a selection returned to int64 keys and float32 weights."""
-    weights = None
-    if isinstance(chosen, pl.DataFrame):
-        if "key" not in chosen.columns:
-            raise PolicyError(f"the selection returned a frame without a column key: {chosen.columns}")
-        if "weight" in chosen.columns:
-            weights = chosen["weight"].cast(pl.Float32).to_numpy(writable=True)
-            if not (np.isfinite(weights).all() and (weights >= 0).all()):
-                raise PolicyError("the selection returned weights that are negative, null or not finite")
-        chosen = chosen["key"]
-    try:
-        return np.ascontiguousarray(as_keys(chosen)), weights
-    except (InvalidInput, TypeError, ValueError) as error:
-        raise PolicyError(f"the selection must return keys or a frame with columns key and weight: {error}") from error

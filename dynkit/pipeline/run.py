@@ -7,6 +7,7 @@ loads user code.
 import json
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,18 @@ import sqlalchemy as sa
 from dynkit import catalog as tables
 from dynkit import html
 from dynkit.catalog import Catalog
-from dynkit.errors import Conflict, NotFound, WaitTimeout
+from dynkit.errors import Conflict, NotFound, WaitTimeout, did_you_mean
 from dynkit.evaluation.composite import CompositeKind, composite, mean_scores
+from dynkit.evaluation.transfer import transfer
 from dynkit.lineage.samples import read_selection
 from dynkit.pipeline.owner import trained_of
 from dynkit.pipeline.process import ACTIVE, identity, true_status
+from dynkit.pipeline.scores import read_scores
 from dynkit.pipeline.spawn import log_tail, spawn
 from dynkit.time import to_datetime
 from dynkit.types import Event, Trained
 
-__all__ = ["Run", "Runs"]
+__all__ = ["Run", "Runs", "find"]
 
 _POLL_S = 0.1
 _REAPING_S = 1.0  # how long the process that started a worker may take to note its end
@@ -169,8 +172,27 @@ class Run:
         last = pl.from_epoch("last_ns", time_unit="ns").dt.replace_time_zone("UTC").alias("last_timestamp")
         return frame.select("index", last, pl.exclude("index", "last_ns")).with_columns(reports)
 
+    def decisions(self) -> pl.DataFrame:
+        """Return what triggers saw each time they looked, whether they fired or not.
+
+        Returns
+        -------
+        pl.DataFrame
+            Columns timestamp (of the last sample seen), position, trigger, score, threshold, fired, and what else a
+            trigger reported; null where it did not. Triggers that only count report nothing.
+        """
+        found = [event.data for event in self.events() if event.kind == "decided"]
+        first: dict[str, Any] = {"timestamp": pl.Datetime("ns", "UTC"), "position": pl.Int64, "trigger": pl.String}
+        first |= {"score": pl.Float64, "threshold": pl.Float64, "fired": pl.Boolean}
+        rows = [{**one, "timestamp": one["at_ns"]} for one in found]
+        more = {name: None for one in found for name in one if name not in first and name != "at_ns"}
+        columns = {name: [row.get(name) for row in rows] for name in (*first, *more)}
+        return pl.DataFrame(
+            [pl.Series(name, values, dtype=first.get(name), strict=False) for name, values in columns.items()]
+        )
+
     def selection(self, index: int) -> pl.DataFrame:
-        """Keys (and weights, if there were any) that trigger `index` trained on.
+        """Return the samples that trigger `index` trained on: key, and weight, epoch and score where there were any.
 
         Raises
         ------
@@ -181,56 +203,58 @@ class Run:
             raise NotFound(f"run {self.id} has no trigger {index}; it has {len(indexes)}")
         return read_selection(self._catalog.root, self.id, index)
 
-    def matrix(self) -> pl.DataFrame:
+    def matrix(self, slice: str = "") -> pl.DataFrame:
         """Scores of all models in all windows: window_start, window_end, model, metric, value.
 
         The value is null where a metric is undefined in a window (ROC-AUC of one class only).
-        """
-        return self._matrix().select(_CURVE)
 
-    def composite(self, kind: CompositeKind = "active") -> pl.DataFrame:
+        Parameters
+        ----------
+        slice : str
+            Only of these samples, such as ``"carrier=UA"``; see `slices`. Windows without them are left out.
+
+        Raises
+        ------
+        NotFound
+        """
+        return self._matrix(slice).select(_CURVE)
+
+    def composite(self, kind: CompositeKind = "active", slice: str = "") -> pl.DataFrame:
         """One score per window and metric: of the model in use (``"active"``) or the one trained there (``"trained"``).
 
-        Columns as in `matrix`.
+        Slice and columns as in `matrix`.
         """
-        return composite(self._matrix(), self.trained, kind).select(_CURVE)
+        return composite(self._matrix(slice), self.trained, kind).select(_CURVE)
 
     def scores(self, kind: CompositeKind = "active") -> pl.DataFrame:
         """Aggregate the composite curve: metric, mean, time_weighted, windows."""
         return mean_scores(self.composite(kind))
 
-    def _matrix(self) -> pl.DataFrame:
-        table, triggers = tables.evaluations, tables.triggers
-        order = (
-            sa.select(triggers.c.model, sa.func.min(triggers.c.index).label("first"))
-            .where(triggers.c.run == self.id)
-            .group_by(triggers.c.model)
-            .subquery()
-        )
-        query = (
-            sa.select(
-                table.c.window_start_ns.label("window_start"),
-                table.c.window_end_ns.label("window_end"),
-                table.c.window_anchor_ns.label("window_anchor"),
-                table.c.model,
-                table.c.metric,
-                table.c.value,
-            )
-            .join(order, order.c.model == table.c.model)
-            .where(table.c.run == self.id)
-            .order_by(order.c.first, table.c.window_start_ns, table.c.window_end_ns, table.c.metric_index)
-        )
-        with self._catalog.read() as connection:
-            rows = connection.execute(query).all()
-        times = ("window_start", "window_end", "window_anchor")
-        schema = {
-            **dict.fromkeys(times, pl.Int64),
-            "model": pl.String,
-            "metric": pl.String,
-            "value": pl.Float64,
-        }
-        frame = pl.DataFrame([tuple(row) for row in rows], schema=schema, orient="row")
-        return frame.with_columns(pl.from_epoch(pl.col(times), time_unit="ns").dt.replace_time_zone("UTC"))
+    def slices(self, kind: CompositeKind = "active") -> pl.DataFrame:
+        """Aggregate the composite curve of each slice that `Evaluation` asked for.
+
+        Returns
+        -------
+        pl.DataFrame
+            Columns slice (``"column=value"``), metric, mean, time_weighted, windows, and samples of those windows.
+        """
+        scored = read_scores(self._catalog, self.id, None).filter(pl.col("slice") != "", pl.col("value").is_not_null())
+        curve = composite(scored, self.trained, kind)
+        samples = curve.group_by("slice", "metric").agg(pl.col("samples").sum())
+        means = mean_scores(curve, by=("slice", "metric"))
+        return means.join(samples, on=["slice", "metric"], maintain_order="left").sort("slice", maintain_order=True)
+
+    def transfer(self, *, baseline: Mapping[str, float] | None = None) -> pl.DataFrame:
+        """Forgetting, backward and forward transfer after each model; see `dynkit.evaluation.transfer`."""
+        return transfer(self._matrix(), self.trained, baseline=baseline)
+
+    def _matrix(self, slice: str = "") -> pl.DataFrame:
+        found = read_scores(self._catalog, self.id, slice)
+        if slice and not found.height:
+            names = read_scores(self._catalog, self.id, None)["slice"].unique().to_list()
+            hint = did_you_mean(slice, filter(None, names)) or "; name its column in Evaluation(slices=[...])"
+            raise NotFound(f"run {self.id} has no slice {slice!r}{hint}")
+        return found
 
     # -- how to steer it -----------------------------------------------------------------------------------------
 
@@ -373,3 +397,13 @@ class Runs(list[Run]):
 
     def _repr_html_(self) -> str:
         return html.table(self.columns, self.rows_as_text(), numbers=("progress", "models"))
+
+
+def find(catalog: Catalog, digest: str) -> Run | None:
+    """Return the newest run of a pipeline's digest that is going, done or can go on, if any."""
+    runs = tables.runs
+    query = sa.select(runs.c.id).where(runs.c.digest == digest).order_by(runs.c.created_ns.desc())
+    with catalog.read() as connection:
+        ids = connection.scalars(query).all()
+    found = (Run(catalog, id) for id in ids)
+    return next((run for run in found if run.status in ("running", "paused", "interrupted", "finished")), None)

@@ -12,43 +12,76 @@
 
 A mapping with one key names a built-in (or ``package.module:name``) and gives its parameters; a single value goes to
 the first parameter. ``$name`` stands for the value of a notebook variable. Parameters are validated by pydantic
-against the dataclasses themselves, and `schema` turns the same into JSON Schema, which completion uses as well.
+against the dataclasses themselves; `dynkit.pipeline.json_schema` turns the same into JSON Schema.
 """
 
 import dataclasses
 import functools
 import importlib
+import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import polars as pl
 import pydantic
 
 from dynkit import selection, triggers
 from dynkit.catalog import Catalog
 from dynkit.data import Dataset
+from dynkit.drift import METRICS as DRIFT_METRICS
+from dynkit.drift import DynamicQuantile, DynamicRollingAverage, PValue, Threshold
+from dynkit.drift.criteria import Criterion
 from dynkit.errors import DynkitError, InvalidInput, SpecError, did_you_mean
 from dynkit.evaluation import windows
 from dynkit.evaluation.metrics import NAMES as METRICS
 from dynkit.evaluation.settings import Evaluation
 from dynkit.pipeline.declaration import Pipeline
 from dynkit.policies import snake_case
-from dynkit.training.settings import LOSSES, OPTIMIZERS, SCHEDULES, Training
+from dynkit.training.settings import LOSSES, OPTIMIZERS, SCHEDULES, Optimizer, Schedule, Training
+from dynkit.types import DriftMetric, Metric, Selection, Trigger
 from dynkit.yaml import Document, Path, parse
 
-__all__ = ["BUILT_IN", "KEYS", "NAMED", "build", "field_names", "schema"]
+__all__ = [
+    "BUILT_IN",
+    "KEYS",
+    "NAMED",
+    "REQUIRED",
+    "ROLES",
+    "SETTINGS",
+    "build",
+    "field_names",
+    "has_policies",
+    "pydantic_model",
+]
 
-BUILT_IN: dict[str, dict[str, type[Any]]] = {
-    "trigger": {snake_case(name): getattr(triggers, name) for name in triggers.__all__},
+_CRITERIA = (Threshold, DynamicQuantile, DynamicRollingAverage, PValue, triggers.AvoidableMisclassifications)
+BUILT_IN: dict[str, dict[str, Callable[..., Any]]] = {
+    "trigger": {
+        **{snake_case(cls.__name__): cls for cls in (triggers.Amount, triggers.Time, triggers.Drift)},
+        **{snake_case(cls.__name__): cls for cls in (triggers.Performance, triggers.Cost, triggers.AtLeast)},
+        **{function.__name__: function for function in (triggers.any_of, triggers.all_of, triggers.majority)},
+    },
     "selection": {snake_case(name): getattr(selection, name) for name in selection.__all__},
     "windows": {snake_case(name): getattr(windows, name) for name in windows.__all__},
     "metrics": dict(METRICS),
+    "criterion": {snake_case(cls.__name__): cls for cls in _CRITERIA},
+    "drift_metric": dict(DRIFT_METRICS),
     "model": {},
 }
 NAMED = {"optimizer": OPTIMIZERS, "schedule": SCHEDULES, "loss": LOSSES, "fit": ()}
+SETTINGS: dict[str, type[Any]] = {"optimizer": Optimizer, "schedule": Schedule}  # a name with parameters makes these
+_OPAQUE = ("windows", "metrics", "batch_selection")  # policies: made and checked where they are read
 KEYS = ("name", "dataset", "model", "trigger", "selection", "training", "evaluation", "seed")
-_REQUIRED = ("dataset", "model", "trigger", "selection")
+ROLES: dict[Any, str] = {
+    Trigger: "trigger",
+    Selection: "selection",
+    Metric: "metrics",
+    DriftMetric: "drift_metric",
+    Criterion: "criterion",
+}
+REQUIRED = ("dataset", "model", "trigger", "selection")
 
 
 def build(
@@ -80,9 +113,9 @@ def build(
     """
     builder = _Builder(parse(text), namespace or {})
     top = builder.mapping((), builder.document.value, KEYS, "a pipeline")
-    for key in _REQUIRED:
+    for key in REQUIRED:
         if key not in top:
-            raise builder.error((), f"key {key!r} is missing; a pipeline needs {', '.join(_REQUIRED)}")
+            raise builder.error((), f"key {key!r} is missing; a pipeline needs {', '.join(REQUIRED)}")
     if name is None and "name" not in top:
         raise builder.error((), "key 'name' is missing; give the pipeline a name")
     training = dict(builder.mapping(("training",), top.get("training", {}), field_names(Training), "training"))
@@ -183,7 +216,7 @@ class _Builder:
         if callable(value):  # from $name
             raise self.error(path, f"write the name without '$' to use a function as {role}")
         found = f"{len(value)} keys ({', '.join(value)})" if isinstance(value, dict) else repr(value)
-        names = ", ".join(BUILT_IN[role]) or "model"
+        names = ", ".join(BUILT_IN.get(role, NAMED.get(role, ()))) or "model"
         raise self.error(
             path, f"{found} is not one {role}; expected a name or {{name: parameters}} with one of: {names}"
         )
@@ -210,23 +243,58 @@ class _Builder:
             raise self.error(path, f"{name!r} is {found!r:.60}, not a function or class that can be a {role}")
         return typing.cast(Callable[..., Any], found)
 
-    def _construct(self, path: Path, cls: type[Any], parameters: Any) -> Any:
-        """Make a built-in dataclass from YAML parameters."""
+    def _construct(self, path: Path, cls: Callable[..., Any], parameters: Any) -> Any:
+        """Make a built-in dataclass from YAML parameters, or a vote from a list of triggers."""
+        if not isinstance(cls, type):
+            if not isinstance(parameters, list) or not parameters:
+                raise self.error(path, f"{parameters!r} is not a list of triggers")
+            return cls(*(self.policy((*path, i), one, "trigger") for i, one in enumerate(parameters)))
         fields = field_names(cls)
         if not isinstance(parameters, dict):
             if not fields:
                 raise self.error(path, f"{snake_case(cls.__name__)} takes no parameters, not {parameters!r}")
-            first = fields[0]
-            with self.at(path):
-                return cls(**self._validated(path, cls, {first: parameters}))
+            parameters = {fields[0]: parameters}
         parameters = self.mapping(path, parameters, fields, snake_case(cls.__name__)) if fields or parameters else {}
+        hints = typing.get_type_hints(cls)
+        parameters = {name: self._nested((*path, name), hints[name], value) for name, value in parameters.items()}
         with self.at(path):
             return cls(**self._validated(path, cls, parameters))
+
+    def _nested(self, path: Path, hint: Any, value: Any) -> Any:
+        """Make the policies and find the functions that a parameter of this type expects; other values stay."""
+        if hint in ROLES:
+            return self.policy(path, value, ROLES[hint])
+        parts, kind = typing.get_args(hint), typing.get_origin(hint)
+        if kind in (typing.Union, types.UnionType):
+            return self._one_of(path, parts, value)
+        if not has_policies(hint) or value is None:
+            return value
+        if kind is tuple and Ellipsis not in parts:
+            if not isinstance(value, list) or len(value) != len(parts):
+                raise self.error(path, f"{value!r} must be a list of {len(parts)} values")
+        elif isinstance(value, list):
+            parts = parts[:1] * len(value)
+        else:
+            raise self.error(path, f"{value!r} is not a list")
+        return [self._nested((*path, i), part, item) for i, (part, item) in enumerate(zip(parts, value, strict=True))]
+
+    def _one_of(self, path: Path, parts: tuple[Any, ...], value: Any) -> Any:
+        """Make what one of several types expects: a text that names nothing else is text."""
+        policies = [part for part in parts if has_policies(part)]
+        if isinstance(value, str) and str in parts:
+            role = ROLES.get(policies[0], "function") if policies else "function"
+            functions = policies or any(typing.get_origin(part) is Callable for part in parts)
+            own = value in self.namespace or ":" in value
+            return self._find(path, value, role) if functions and own and value not in BUILT_IN.get(role, {}) else value
+        if policies and value is not None:
+            return self._nested(path, policies[0], value)
+        callables = any(typing.get_origin(part) is Callable for part in parts)
+        return self._find(path, value, "function") if callables and isinstance(value, str) else value
 
     def _validated(self, path: Path, cls: type[Any], values: dict[str, Any]) -> dict[str, Any]:
         """Check types and required parameters with pydantic."""
         try:
-            _pydantic_model(cls).model_validate(values)
+            pydantic_model(cls).model_validate(values)
         except pydantic.ValidationError as error:
             first = error.errors(include_url=False)[0]
             name = str(first["loc"][0])
@@ -248,21 +316,43 @@ class _Builder:
     def training(self, path: Path, values: dict[str, Any]) -> Training:
         """Make the training; optimizer, schedule, loss and fit may be the user's own."""
         resolved = dict(values)
-        for key, known in NAMED.items():
-            value = values.get(key)
-            if isinstance(value, str) and value not in known:
-                resolved[key] = self._find((*path, key), value, key)
+        for key, value in values.items():
+            if key == "optimizer" and isinstance(value, list):
+                resolved[key] = [self._setting((*path, key, i), one, key) for i, one in enumerate(value)]
+            elif key in NAMED:
+                resolved[key] = self._setting((*path, key), value, key)
+        if resolved.get("batch_selection") is not None:
+            resolved["batch_selection"] = self.policy(
+                (*path, "batch_selection"), values["batch_selection"], "selection"
+            )
         with self.at(path):
             return Training(**self._validated(path, Training, resolved))
+
+    def _setting(self, path: Path, value: Any, key: str) -> Any:
+        """Find what ``name`` or, for some keys, ``{name: parameters}`` stands for."""
+        cls = SETTINGS.get(key)
+        parameters: Any = {}
+        if isinstance(value, dict) and cls is not None:
+            value, parameters, path = self._named(path, value, key)
+        if isinstance(value, str) and value not in NAMED[key]:
+            value = self._find(path, value, key)
+        if not parameters or cls is None:
+            return value
+        parameters = dict(self.mapping(path, parameters, field_names(cls)[1:], key))
+        if "schedule" in parameters:
+            parameters["schedule"] = self._setting((*path, "schedule"), parameters["schedule"], "schedule")
+        with self.at(path):
+            return cls(**self._validated(path, cls, {"name": value, **parameters}))
 
     def evaluation(self, path: Path, values: dict[str, Any]) -> Evaluation:
         """Make the evaluation."""
         resolved = dict(values)
         if "windows" in values:
             resolved["windows"] = self.policy((*path, "windows"), values["windows"], "windows")
+        for key, example in (("metrics", "[accuracy, roc_auc]"), ("slices", "[label]")):
+            if key in values and (not isinstance(values[key], list) or not values[key]):
+                raise self.error((*path, key), f"{values[key]!r} is not a list such as {example}")
         if "metrics" in values:
-            if not isinstance(values["metrics"], list) or not values["metrics"]:
-                raise self.error((*path, "metrics"), f"{values['metrics']!r} is not a list such as [accuracy, roc_auc]")
             resolved["metrics"] = [
                 self._metric((*path, "metrics", i), metric) for i, metric in enumerate(values["metrics"])
             ]
@@ -274,29 +364,44 @@ class _Builder:
         return value if is_top else self.policy(path, value, "metrics")
 
 
-def field_names(cls: type[Any]) -> list[str]:
-    """Parameters of a built-in, in order."""
-    return [field.name for field in dataclasses.fields(cls)]
+def field_names(cls: Callable[..., Any]) -> list[str]:
+    """Parameters of a built-in, in order; of a function that takes a list, none."""
+    if not dataclasses.is_dataclass(cls):
+        return []
+    return [field.name for field in dataclasses.fields(cls) if field.init]
 
 
-def _pydantic_model(cls: type[Any]) -> type[pydantic.BaseModel]:
+def has_policies(hint: Any) -> bool:
+    """Whether a parameter of this type is a policy or a list of policies."""
+    if isinstance(hint, typing.Hashable) and hint in ROLES:
+        return True
+    return typing.get_origin(hint) is not Callable and any(has_policies(part) for part in typing.get_args(hint))
+
+
+def pydantic_model(cls: type[Any]) -> type[pydantic.BaseModel]:
+    """Return what validates the parameters of a dataclass; policies among them are made before."""
     hints = typing.get_type_hints(cls)
     fields: dict[str, Any] = {}
     for field in dataclasses.fields(cls):
+        if not field.init:
+            continue
         default: Any = field.default
         if default is dataclasses.MISSING:
             default = ... if field.default_factory is dataclasses.MISSING else None
-        hint = Any if field.name in ("windows", "metrics") else hints[field.name]
+        hint = Any if field.name in _OPAQUE or has_policies(hints[field.name]) else hints[field.name]
         fields[field.name] = (hint, default)
-    config = pydantic.ConfigDict(extra="forbid", strict=True)
+    config = pydantic.ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True)
     return pydantic.create_model(cls.__name__, __config__=config, **fields)
 
 
 def _type_name(cls: type[Any], name: str) -> str:
     """Spell a field's type in words."""
     hint = typing.get_type_hints(cls)[name]
-    options = typing.get_args(hint) if typing.get_origin(hint) is not typing.Literal else (hint,)
-    words = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+    options = typing.get_args(hint)
+    if typing.get_origin(hint) is typing.Literal:
+        return f"one of {', '.join(map(str, options))}"
+    words: dict[Any, str] = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+    words |= {type(None): "null", pl.Expr: "an expression"}
     spelled = [words.get(option, "a function's name") for option in (options or (hint,))]
     return " or ".join(dict.fromkeys(spelled))
 
@@ -304,78 +409,3 @@ def _type_name(cls: type[Any], name: str) -> str:
 def _usage(cls: type[Any]) -> str:
     required = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING]
     return f"write {{{snake_case(cls.__name__)}: {{{', '.join(f'{name}: ...' for name in required)}}}}}"
-
-
-def schema() -> dict[str, Any]:
-    """JSON Schema of a pipeline written as YAML, for editors: ``dynkit schema > dynkit.schema.json``."""
-    reference = {"type": "string", "description": "a notebook's name or package.module:name"}
-
-    def parameters(cls: type[Any]) -> dict[str, Any]:
-        made = _pydantic_model(cls)
-        described = {name: _json_type(cls, name) for name in made.model_fields}
-        required = [name for name, field in made.model_fields.items() if field.is_required()]
-        return {
-            "type": "object",
-            "description": (cls.__doc__ or "").splitlines()[0],
-            "properties": described,
-            "required": required,
-            "additionalProperties": False,
-        }
-
-    def policy(role: str) -> dict[str, Any]:
-        named = [
-            {
-                "type": "object",
-                "properties": {name: {"anyOf": [parameters(cls), {"type": ["string", "number", "null"]}]}},
-                "required": [name],
-                "additionalProperties": False,
-            }
-            for name, cls in BUILT_IN[role].items()
-        ]
-        return {
-            "anyOf": [
-                {"enum": list(BUILT_IN[role])},
-                *named,
-                reference,
-                {"type": "object", "maxProperties": 1},
-            ]
-        }
-
-    training, judging = parameters(Training), parameters(Evaluation)
-    for key, known in NAMED.items():
-        training["properties"][key] = {"anyOf": [{"enum": list(known)}, reference, {"type": "null"}]}
-    judging["properties"]["windows"] = policy("windows")
-    judging["properties"]["metrics"] = {"type": "array", "items": policy("metrics"), "minItems": 1}
-    properties = {
-        "name": {"type": "string"},
-        "dataset": {"type": "string"},
-        "model": policy("model"),
-        "trigger": policy("trigger"),
-        "selection": policy("selection"),
-        "training": training,
-        "evaluation": judging,
-        "seed": {"type": "integer", "minimum": 0},
-    }
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "dynkit pipeline",
-        "type": "object",
-        "properties": properties,
-        "required": list(_REQUIRED),
-        "additionalProperties": False,
-    }
-
-
-def _json_type(cls: type[Any], name: str) -> dict[str, Any]:
-    """JSON Schema of one parameter; what only code can give (functions) is described as a name."""
-    hint = typing.get_type_hints(cls)[name]
-    options = typing.get_args(hint) or (hint,)
-    words = {int: "integer", float: "number", str: "string", bool: "boolean", type(None): "null"}
-    kinds = list(dict.fromkeys(words.get(option, "string") for option in options))
-    found: dict[str, Any] = {"type": kinds[0] if len(kinds) == 1 else kinds}
-    if typing.get_origin(hint) is typing.Literal:
-        found = {"enum": list(options)}
-    default = next(f.default for f in dataclasses.fields(cls) if f.name == name)
-    if isinstance(default, bool | int | float | str):
-        found["default"] = default
-    return found

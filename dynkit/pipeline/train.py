@@ -6,20 +6,24 @@ model wherever it is called from.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import polars as pl
 import torch
 
-from dynkit.data import Batches, Version
+from dynkit.data import Version
 from dynkit.errors import TrainingError
-from dynkit.time import IntArray
-from dynkit.training import FitContext, fit, seeded
+from dynkit.training import seeded
+from dynkit.training.processes import train_together
+from dynkit.training.train import Task
+from dynkit.training.train import train as train_here
 
 if TYPE_CHECKING:
     from dynkit.pipeline.declaration import Pipeline
 
-__all__ = ["Outcome", "train"]
+__all__ = ["Outcome", "seed_of", "train"]
 
 
 @dataclass(frozen=True)
@@ -34,23 +38,34 @@ class Outcome:
         What the fit function reported.
     passed : int
         Samples handed to the fit function, all epochs together.
+    carried : Any
+        State of its optimizers.
     """
 
     state: dict[str, torch.Tensor]
     history: list[dict[str, Any]]
     passed: int
+    carried: Any = None
+
+
+def seed_of(pipeline: "Pipeline", index: int) -> int:
+    """Seed of everything random in the training at a trigger."""
+    seed = pipeline.seed if pipeline.training.seed is None else pipeline.training.seed
+    return int(np.random.SeedSequence([seed, index]).generate_state(1)[0])
 
 
 def train(
     pipeline: "Pipeline",
     index: int,
     version: Version,
-    keys: IntArray,
-    weights: "np.ndarray[Any, Any] | None",
+    chosen: pl.DataFrame,
     *,
     parent: dict[str, torch.Tensor] | None,
     device: torch.device,
     on_batch: Callable[[int], None] | None = None,
+    checkpoint: Path | None = None,
+    identity: str = "",
+    carried: Any = None,
 ) -> Outcome:
     """Train the model of a trigger.
 
@@ -61,27 +76,31 @@ def train(
         Of the trigger; the seed depends on it.
     version : Version
         Where the samples are read.
-    keys, weights : arrays
-        What was selected, validation samples included.
+    chosen : pl.DataFrame
+        Columns key, and perhaps weight and epoch; validation samples included.
     parent : dict or None
         State to begin with; None: that of a fresh model.
     device : torch.device
     on_batch : callable, optional
         As in `Batches`.
+    checkpoint, identity, carried
+        As in `Task`.
 
     Raises
     ------
     TrainingError
     """
-    training = pipeline.training
-    seed = pipeline.seed if training.seed is None else training.seed
-    seed = int(np.random.SeedSequence([seed, index]).generate_state(1)[0])
-    n_validation = int(training.validation * len(keys))
-    held_out: IntArray | None = None
-    if n_validation:
-        order = np.random.default_rng(seed).permutation(len(keys))
-        held_out, rows = keys[order[:n_validation]], np.sort(order[n_validation:])
-        keys, weights = keys[rows], None if weights is None else weights[rows]
+    seed = seed_of(pipeline, index)
+    task = Task(
+        pipeline.training,
+        seed,
+        chosen["key"].to_numpy(writable=True),
+        chosen["weight"].to_numpy(writable=True) if "weight" in chosen.columns else None,
+        chosen["epoch"].to_numpy(writable=True) if "epoch" in chosen.columns else None,
+        checkpoint=checkpoint,
+        identity=identity,
+        carried=carried,
+    )
     with seeded(seed):
         model = pipeline.model()
         if not isinstance(model, torch.nn.Module):
@@ -89,17 +108,11 @@ def train(
         if parent is not None:
             model.load_state_dict(parent)
         model.to(device)
-        options: dict[str, Any] = {
-            "batch_size": training.batch_size,
-            "device": device,
-            "cache_bytes": training.cache_bytes,
-        }
-        batches = Batches(
-            version, keys, weights=weights, shuffle=True, seed=seed, last="join", on_batch=on_batch, **options
-        )
-        validation = None if held_out is None else Batches(version, held_out, **options)
-        context = FitContext(training, device, validation)
-        (training.fit or fit)(model, batches, context)
+        if pipeline.training.processes == 1:
+            done = train_here(model, version, task, device=device, on_batch=on_batch)
+        else:
+            dataset = pipeline.dataset.at(version.number)
+            done = train_together(model, dataset, task, device=device, on_batch=on_batch or (lambda samples: None))
     state = {
         name: value.detach().cpu() if isinstance(value, torch.Tensor) else value
         for name, value in model.state_dict().items()
@@ -108,4 +121,4 @@ def train(
     bad = [name for name, value in model.named_parameters() if not torch.isfinite(value).all()]
     if bad:
         raise TrainingError(f"after training, {', '.join(bad)} of the model are not finite (NaN or infinity)")
-    return Outcome(state, context.history, batches.passed)
+    return Outcome(state, done.history, done.passed, done.carried)

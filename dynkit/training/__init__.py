@@ -1,6 +1,18 @@
-"""Training: which settings (`Training`), by which loop (`fit`)."""
+"""Training: which settings (`Training`), by which loop (`fit`), and what a model says of samples (`scores`)."""
 
-from dynkit.training.fit import Fit, FitContext, fit, predict, resolve_device, seeded
-from dynkit.training.settings import Training
+from dynkit.training.fit import Fit, FitContext, fit, resolve_device, seeded
+from dynkit.training.losses import losses, predict
+from dynkit.training.settings import Optimizer, Schedule, Training
 
-__all__ = ["Fit", "FitContext", "Training", "fit", "predict", "resolve_device", "seeded"]
+__all__ = [
+    "Fit",
+    "FitContext",
+    "Optimizer",
+    "Schedule",
+    "Training",
+    "fit",
+    "losses",
+    "predict",
+    "resolve_device",
+    "seeded",
+]

@@ -7,32 +7,27 @@ tensors on the device), compute `context.loss`, and `context.report` what should
 
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional
 
 from dynkit.data import Batch, Batches
 from dynkit.errors import InvalidInput, TrainingError
+from dynkit.training.checkpoint import Checkpoint
+from dynkit.training.losses import losses, predict
 from dynkit.training.settings import Training
+from dynkit.training.steps import Steps, unwrapped
 
-__all__ = ["Fit", "FitContext", "fit", "predict", "resolve_device", "seeded"]
+__all__ = ["Fit", "FitContext", "fit", "resolve_device", "seeded"]
 
-_NOT_FIELDS = {"label", "weight"}
-_FUSED = {"adam", "adamw", "sgd", "adagrad"}  # one kernel for all parameters, also on the CPU
 _CHECK_LOSS_EVERY = 100  # batches; reading the loss makes a GPU wait
-_PER_SAMPLE: dict[str, Callable[..., torch.Tensor]] = {
-    "bce": functional.binary_cross_entropy_with_logits,
-    "mse": functional.mse_loss,
-    "mae": functional.l1_loss,
-    "huber": functional.huber_loss,
-}
 
 
 class Fit(Protocol):
@@ -55,16 +50,27 @@ class FitContext:
         The held-out samples when `training.validation` asks for them.
     history : list of dict
         What was reported, kept with the model.
+    checkpoint : Checkpoint
+        Keeps the state of a long training.
+    carried : Any
+        With `training.carry_optimizer`, what the previous training left here, and then what this one does.
+    part : (int, int)
+        Rank and number of processes that train together. The model then averages its gradients over them when
+        `backward` is called, and `batches` are this process's parts of the batches.
     """
 
     training: Training
     device: torch.device
     validation: Batches | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    carried: Any = None
+    part: tuple[int, int] = (0, 1)
 
     def report(self, **values: Any) -> None:
         """Keep numbers (an epoch's losses, say; tensors of one number too) with the model that comes out."""
-        self.history.append({name: value if isinstance(value, int) else float(value) for name, value in values.items()})
+        numbers = {name: value.detach() if isinstance(value, torch.Tensor) else value for name, value in values.items()}
+        self.history.append({name: one if isinstance(one, int) else float(one) for name, one in numbers.items()})
 
     def loss(self, outputs: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Mean loss of a batch, weighted by its weights: sum(w_i * loss_i) / sum(w_i).
@@ -76,7 +82,7 @@ class FitContext:
         """
         if outputs.dtype in (torch.float16, torch.bfloat16):
             outputs = outputs.float()  # mixed precision is for the model; labels keep theirs
-        per_sample = _losses(self.training.loss, outputs, batch["label"])
+        per_sample = losses(self.training.loss, outputs, batch["label"])
         if "weight" not in batch:
             return per_sample.mean()
         if per_sample.ndim == 0:
@@ -87,45 +93,6 @@ class FitContext:
         return (per_sample * weight).sum() / weight.sum().clamp_min(torch.finfo(weight.dtype).tiny)
 
 
-def predict(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """Return the outputs of a model for a batch: called with the one field, or with several as keyword arguments."""
-    fields = {name: tensor for name, tensor in batch.items() if name not in _NOT_FIELDS}
-    outputs = model(next(iter(fields.values()))) if len(fields) == 1 else model(**fields)
-    n = next(iter(fields.values())).size(0)
-    if not isinstance(outputs, torch.Tensor) or outputs.ndim == 0 or len(outputs) != n:
-        found = tuple(outputs.shape) if isinstance(outputs, torch.Tensor) else type(outputs).__name__
-        raise TrainingError(f"the model returned {found} for a batch of {n} samples; expected a tensor ({n}, ...)")
-    return outputs
-
-
-def _losses(loss: str | Callable[..., Any], outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Loss per sample (N,), or what a user's function returns."""
-    if callable(loss):
-        value = loss(outputs, labels)
-        if not isinstance(value, torch.Tensor) or (value.ndim and len(value) != len(labels)):
-            raise TrainingError("the loss function must return a tensor, scalar or one value per sample")
-        return value.flatten(1).mean(1) if value.ndim > 1 else value
-    if loss == "cross_entropy":
-        if outputs.ndim != 2 or outputs.shape[1] < 2 or labels.is_floating_point():
-            raise TrainingError(
-                f"cross_entropy needs outputs (N, classes) and integer labels, not {tuple(outputs.shape)} and "
-                f"{labels.dtype}; for one output use loss='bce' (two classes) or 'mse' (numbers)"
-            )
-        try:
-            return functional.cross_entropy(outputs, labels.long(), reduction="none")
-        except IndexError:
-            low, high = int(labels.min()), int(labels.max())
-            raise TrainingError(
-                f"labels go from {low} to {high}, but the model has {outputs.shape[1]} outputs"
-            ) from None
-    if outputs.shape != labels.shape:
-        if outputs.shape != (*labels.shape, 1):
-            raise TrainingError(f"{loss} needs one output per sample, (N,) or (N, 1), not {tuple(outputs.shape)}")
-        outputs = outputs.squeeze(-1)
-    losses: torch.Tensor = _PER_SAMPLE[loss](outputs, labels.to(outputs.dtype), reduction="none")
-    return losses
-
-
 def fit(model: nn.Module, batches: Batches, context: FitContext) -> None:
     """Train for `epochs` passes with early stopping on the validation share, as `Training` declares.
 
@@ -134,87 +101,94 @@ def fit(model: nn.Module, batches: Batches, context: FitContext) -> None:
     TrainingError
         When the loss is not finite.
     """
-    training = context.training
-    optimizer = _optimizer(model, training)
-    scheduler = _scheduler(optimizer, training, training.epochs * len(batches))
-    half = torch.float16 if context.device.type == "cuda" else torch.bfloat16
-    scaler = torch.amp.GradScaler(context.device.type, enabled=training.amp and half is torch.float16)
-    best_loss, best_state, epochs_since_best = math.inf, None, 0
-    for epoch in range(training.epochs):
+    training, device = context.training, context.device
+    steps = Steps(model, context, training.epochs * -(-len(batches) // training.accumulate))
+    best = _Best(training.patience)
+    first, done, total, passed = 0, 0, torch.zeros((), device=device), batches.passed
+    saved = context.checkpoint.load()
+    if saved is not None:
+        steps.load_state_dict(saved["steps"])
+        first, done, total = saved["epoch"], saved["done"], saved["total"].to(device)
+        best, context.history[:] = saved["best"], saved["history"]
+        batches.seek(first, done)
+        passed = batches.passed
+    for epoch in range(first, training.epochs):
         model.train()
-        total = torch.zeros((), device=context.device)
-        for step, batch in enumerate(batches):
-            with torch.autocast(context.device.type, dtype=half, enabled=training.amp):
-                loss = context.loss(predict(model, batch), batch)
-            optimizer.zero_grad(set_to_none=True)
-            scaler.scale(loss).backward()  # type: ignore[no-untyped-call]  # torch has no types here
-            if training.grad_clip is not None:
-                scaler.unscale_(optimizer)
-                nn.utils.clip_grad_norm_(model.parameters(), training.grad_clip)
-            scaler.step(optimizer)
-            scaler.update()
-            if scheduler is not None:
-                scheduler.step()
-            total += loss.detach() * len(batch["label"])
+        for step, group in enumerate(_groups(batches, training.accumulate)):
+            total += steps(group) * (batches.passed - passed)
+            passed, done = batches.passed, done + len(group)
             if step % _CHECK_LOSS_EVERY == 0:
-                _check_finite(total, epoch, step, training)
-        _check_finite(total, epoch, len(batches) - 1, training)
-        report = {"epoch": epoch, "loss": float(total) / batches.samples}
+                _check_finite(total, epoch, done, training)
+            if context.checkpoint.due(len(group)):
+                context.checkpoint.save(
+                    {
+                        "steps": steps.state_dict(),
+                        "best": best,
+                        "epoch": epoch,
+                        "done": done,
+                        "total": total,
+                        "history": context.history,
+                    }
+                )
+        _check_finite(total, epoch, done, training)
+        report = {"epoch": epoch, "loss": steps.summed(float(total))[0] / context.part[1] / batches.samples}
         if context.validation is not None:
-            report["validation_loss"] = _validation_loss(model, context)
-            epochs_since_best += 1
-            if report["validation_loss"] < best_loss:
-                best_loss, epochs_since_best = report["validation_loss"], 0
-                best_state = deepcopy(model.state_dict()) if training.patience else None
+            report["validation_loss"] = _validation_loss(steps, context)
+        if training.batch_selection is not None:
+            report["kept"] = int(steps.summed(steps.kept)[0])
         context.report(**report)
-        if training.patience and epochs_since_best >= training.patience:
+        loss = report.get("validation_loss", report["loss"])
+        steps.end_epoch(loss)
+        if context.validation is not None and best.is_over(loss, steps.result):
             break
-    if best_state is not None:
-        model.load_state_dict(best_state)
+        done, total = 0, torch.zeros((), device=device)
+    state = steps.result.state_dict() if best.state is None else best.state
+    unwrapped(model).load_state_dict(state)
+    context.carried = steps.optimizer_states()
 
 
-def _check_finite(total: torch.Tensor, epoch: int, step: int, training: Training) -> None:
+def _groups(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
+    """So many batches at a time."""
+    following = iter(batches)
+    while group := list(islice(following, size)):
+        yield group
+
+
+@dataclass
+class _Best:
+    """The epoch of the lowest validation loss."""
+
+    patience: int | None
+    loss: float = math.inf
+    state: dict[str, Any] | None = None
+    epochs_since: int = 0
+
+    def is_over(self, loss: float, model: nn.Module) -> bool:
+        """Note the loss of one more epoch; say whether patience is at its end."""
+        self.epochs_since += 1
+        if loss < self.loss:
+            self.loss, self.epochs_since = loss, 0
+            self.state = deepcopy(model.state_dict()) if self.patience else None
+        return self.patience is not None and self.epochs_since >= self.patience
+
+
+def _check_finite(total: torch.Tensor, epoch: int, batches: int, training: Training) -> None:
     if not math.isfinite(float(total)):
         raise TrainingError(
-            f"the loss is {float(total)} in epoch {epoch + 1} by batch {step + 1}; look at the model and the features, "
+            f"the loss is {float(total)} in epoch {epoch + 1} by batch {batches}; look at the model and the features, "
             f"or lower lr={training.lr} or set grad_clip=1.0"
         )
 
 
-def _validation_loss(model: nn.Module, context: FitContext) -> float:
+def _validation_loss(steps: Steps, context: FitContext) -> float:
     assert context.validation is not None
-    model.eval()
+    model = steps.result.eval()
     total = 0.0
     with torch.inference_mode():
         for batch in context.validation:
             total += float(context.loss(predict(model, batch), batch)) * len(batch["label"])
-    return total / context.validation.samples
-
-
-def _optimizer(model: nn.Module, training: Training) -> torch.optim.Optimizer:
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if not parameters:
-        raise TrainingError("the model has no parameters to train")
-    if callable(training.optimizer):
-        made: torch.optim.Optimizer = training.optimizer(parameters, training.lr)
-        return made
-    by_name = {name.lower(): value for name, value in vars(torch.optim).items() if isinstance(value, type)}
-    options: dict[str, Any] = {"lr": training.lr, "weight_decay": training.weight_decay}
-    if training.optimizer in _FUSED and all(parameter.is_floating_point() for parameter in parameters):
-        options["fused"] = True
-    optimizer: torch.optim.Optimizer = by_name[training.optimizer](parameters, **options)
-    return optimizer
-
-
-def _scheduler(optimizer: torch.optim.Optimizer, training: Training, steps: int) -> Any:
-    if callable(training.schedule):
-        return training.schedule(optimizer, steps)
-    schedules = torch.optim.lr_scheduler
-    if training.schedule == "linear":
-        return schedules.LinearLR(optimizer, start_factor=1.0, end_factor=0.0, total_iters=steps)
-    if training.schedule == "cosine":
-        return schedules.CosineAnnealingLR(optimizer, T_max=steps)
-    return None
+    total, samples = steps.summed(total, context.validation.samples)
+    return total / samples
 
 
 def resolve_device(device: str) -> torch.device:

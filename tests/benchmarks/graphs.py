@@ -246,7 +246,7 @@ def b3_federated(tier: Tier) -> Iterator[Node]:
             own = torch.isin(y[:1400], torch.tensor([silo % 10, (silo * 3 + 1) % 10])).nonzero()[:, 0]
             local = copy.deepcopy(model)
             train(local, digit_batches(int(silo), own), tier.steps, 0.0, torch.optim.SGD(local.parameters(), 0.05))
-            workers.append(Node(f"worker-{turn}-{silo}", state_of(local), [f"master-{turn}"], None))
+            workers.append(Node(f"worker-{turn}-{silo}", state_of(local), [f"master-{turn}"], score))
         yield from workers
         mean = {name: sum(w.state[name] for w in workers) / len(workers) for name in workers[0].state}
         model.load_state_dict(mean)

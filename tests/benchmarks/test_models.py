@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 import dynkit as dk
 from dynkit.models import ModelStore, guard, manifest_id, tensor_id
+from dynkit.models.reading import Reader
 
 TIER = os.environ.get("DYNKIT_BENCH", "smoke")
 LEAST = {  # of the standard tier: lossless, guarded
@@ -94,7 +95,7 @@ def _own_bytes(store: ModelStore, ids: dict[str, str], node: Node) -> int:
     """Stored bytes of the tensors that came with a model."""
     model = store._stored([ids[node.name]])[ids[node.name]]
     newest = max(pack for pack, _ in model.refs.values())
-    with store._shelf.reading() as reader:
+    with Reader(store._shelf) as reader:
         return sum(reader.frame(ref).size for ref in set(model.refs.values()) if ref[0] == newest)
 
 
@@ -102,7 +103,7 @@ def _ratio_of_rung(store: ModelStore, ids: dict[str, str], node: Node) -> float:
     """Raw bytes of all new tensors, for each stored one and 60 of its place in index and catalog."""
     model = store._stored([ids[node.name]])[ids[node.name]]
     newest = max(pack for pack, _ in model.refs.values())
-    with store._shelf.reading() as reader:
+    with Reader(store._shelf) as reader:
         frames = [reader.frame(ref) for ref in set(model.refs.values()) if ref[0] == newest]
     return sum(frame.raw_bytes for frame in frames) / sum(frame.size + 60 for frame in frames)
 
@@ -161,7 +162,7 @@ def test_speed(tmp_path: Path) -> None:
     print(
         f"\nput a child: {size / wall:.0f} MB/s, {size / cpu:.0f} MB/s of processor time; int64 + LZMA {theirs:.1f} MB/s"
     )
-    with store._shelf.reading() as reader:
+    with Reader(store._shelf) as reader:
         depths = [reader.reach(store._stored([id])[id].refs["layer.0"])[1] for id in ids]
     for depth in sorted(set(depths)):
         place = depths.index(depth)

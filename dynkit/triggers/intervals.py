@@ -1,9 +1,4 @@
-"""Triggers: after which samples to train.
-
-A trigger gets the next rows of the stream (`new`: key, timestamp, label, scalar columns, in replay order) and the
-run's view, and answers with row positions of `new` after which to train; -1 is "before the first of them". The
-built-in ones keep no state: what they need is in the view, so any split of the stream gives the same positions.
-"""
+"""Triggers that only count: so many samples, so much time. They keep no state; what they need is in the view."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import polars as pl
 
-from dynkit.errors import InvalidInput
+from dynkit.errors import check_whole
 from dynkit.time import check_duration, period_index, to_ns
 from dynkit.types import RunView
 
@@ -31,12 +26,11 @@ class Amount:
     n: int
 
     def __post_init__(self) -> None:
-        if isinstance(self.n, bool) or not isinstance(self.n, int) or self.n < 1:
-            raise InvalidInput(f"n={self.n!r} must be a whole number of samples, at least 1")
+        check_whole("n", self.n, 1)
 
     def __call__(self, new: pl.DataFrame, run: RunView) -> Iterable[int]:
         """Row positions of `new` that complete `n` samples."""
-        return range(self.n - run.samples_since_trigger - 1, new.height, self.n)
+        return range(-(run.samples_since_trigger + 1) % self.n, new.height, self.n)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,187 @@
+"""Train when the samples have changed since the last training."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+
+from dynkit.drift import prepared, resolve
+from dynkit.drift.criteria import Criterion, DynamicQuantile, PValue
+from dynkit.errors import InvalidInput, PolicyError, check_whole, did_you_mean
+from dynkit.time import check_duration
+from dynkit.triggers.looking import check_looking, looked, newest, since_training
+from dynkit.types import DriftMetric, RunView, Trigger
+
+__all__ = ["Drift"]
+
+Points = Callable[[pl.DataFrame, RunView], Any]
+
+_OF_MODEL = ("embedding", "outputs")
+_ON = (*_OF_MODEL, "fields", "columns")
+_LEAST = 2  # samples of a window that can be compared
+
+
+@dataclass(frozen=True)
+class Drift:
+    """Look every so many samples whether those since the last training differ from those before it.
+
+    The reference is the newest `reference` samples up to the last training, current are the newest `current` samples
+    after it. The first look always trains: there is nothing to compare with yet.
+
+    Parameters
+    ----------
+    metric : str or DriftMetric
+        As in `dynkit.drift.test`, or a function ``(reference, current) -> float``.
+    every : int
+        Samples between two looks.
+    criterion : Criterion
+        `Threshold`, `DynamicQuantile` or `DynamicRollingAverage` of the score, or `PValue`, of `dynkit.drift`. The
+        default asks whether the score is the largest of those before.
+    on : str or callable
+        What is compared: ``"embedding"`` of the newest model, its ``"outputs"`` (probabilities), ``"fields"`` (the
+        samples themselves), ``"columns"`` (numeric columns of the table), or a function ``(frame, run) -> (N, D)``.
+    current, reference : int or str
+        Number of samples, or a duration such as ``"4d"``; ``"all"`` as a reference is everything up to the training.
+    overlap : bool
+        Whether current may reach back before the last training.
+    sample : int
+        Most samples of each window that are compared, drawn uniformly; ``"all"`` is then what a reservoir holds.
+    warmup : Trigger or None
+        Decides during the first `warmup_looks` looks; their scores are the first that the criterion knows.
+    warmup_looks : int
+    seed : int
+        Of the samples drawn, and of permutations.
+
+    References
+    ----------
+    Böther et al., "Modyn: Data-Centric Machine Learning Pipeline Orchestration", SIGMOD 2025, section 4.
+    """
+
+    metric: str | DriftMetric = "mmd"
+    every: int = 5000
+    criterion: Criterion = field(default_factory=DynamicQuantile)
+    on: str | Points = "embedding"
+    current: int | str = 1000
+    reference: int | str = 1000
+    overlap: bool = False
+    sample: int = 1000
+    warmup: Trigger | None = None
+    warmup_looks: int = 0
+    seed: int = 0
+    _history: list[float] = field(default_factory=list, init=False, repr=False, compare=False)
+    _prepared: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)  # the last reference
+    _known: dict[Any, dict[str, float]] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        check_looking(self.every, self.warmup, self.warmup_looks)
+        for name in ("current", "reference"):
+            value = getattr(self, name)
+            if isinstance(value, str) and (name, value) != ("reference", "all"):
+                check_duration(value, name)
+            elif not isinstance(value, str):
+                check_whole(name, value, _LEAST)
+        check_whole("sample", self.sample, _LEAST)
+        check_whole("seed", self.seed, 0)
+        if isinstance(self.on, str) and self.on not in _ON:
+            raise InvalidInput(f"on={self.on!r} is not known{did_you_mean(self.on, _ON)}")
+        if not callable(self.criterion):
+            raise InvalidInput(f"criterion={self.criterion!r} is not one; write dk.drift.Threshold(0.1), for example")
+        resolve(self.metric)  # an unknown name is an error now
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_prepared": {}, "_known": {}}  # made again when needed
+
+    def __call__(self, new: pl.DataFrame, run: RunView) -> Iterator[int]:
+        """Row positions of `new` where drift was seen."""
+        return looked(new, run, lambda row: self._look(new, run, row), self.every, self.warmup, self.warmup_looks)
+
+    def decided_by(self, criterion: Criterion) -> "Drift":
+        """Return this trigger with another criterion; what either has compared, the other need not compare again."""
+        other = dataclasses.replace(self, criterion=criterion)
+        object.__setattr__(other, "_known", self._known)
+        return other
+
+    def _look(self, new: pl.DataFrame, run: RunView, row: int) -> bool:
+        seen = run.past.height + row + 1
+        since = since_training(run, row)
+        if since == seen or (self.on in _OF_MODEL and run.model is None):
+            run.report(row, trigger="drift", fired=True, reason="nothing to compare with")
+            return True
+        current = _window(new, run, row, self.current, seen if self.overlap else since)
+        reference = _window(new, run, row - since, self.reference, seen - since)
+        if min(current.height, reference.height) < _LEAST:
+            run.report(row, trigger="drift", fired=False, reason="too few samples to compare")
+            return False
+        spans = {"reference": _span(reference, seen - since), "current": _span(current, seen)}
+        model = run.trained[-1].model if self.on in _OF_MODEL else None
+        numbers = self._compared(reference, current, (model, *spans.values()), run)
+        value = numbers["p_value" if isinstance(self.criterion, PValue) else "score"]
+        decision = self.criterion(value, self._history)
+        self._history.append(value)
+        del self._history[: -getattr(self.criterion, "window", 1)]
+        told = {name: list(span) for name, span in spans.items()}
+        run.report(row, trigger="drift", **numbers, threshold=decision.threshold, fired=decision.fires, **told)
+        return decision.fires
+
+    def _compared(
+        self, reference: pl.DataFrame, current: pl.DataFrame, about: tuple[Any, ...], run: RunView
+    ) -> dict[str, float]:
+        """Return score, and p-value where it is asked for; the same windows and model are compared once."""
+        wanted = "p_value" if isinstance(self.criterion, PValue) else "score"
+        if wanted in self._known.get(about, {}):
+            return self._known[about]
+        model, before, (_, seen) = about
+        if (model, before) not in self._prepared:
+            self._prepared.clear()
+            self._prepared[model, before] = prepared(self.metric, self._points(reference, run, 0))
+        ready, points = self._prepared[model, before], self._points(current, run, seen)
+        if isinstance(self.criterion, PValue):
+            tested = ready.tested(points, self.criterion.permutations, np.random.default_rng([self.seed, seen]))
+            self._known[about] = {"score": tested.score, "p_value": tested.p_value}
+        else:
+            self._known[about] = {"score": ready.score(points)}
+        return self._known[about]
+
+    def _points(self, frame: pl.DataFrame, run: RunView, seen: int) -> torch.Tensor:
+        """Return what is compared of some samples (N, D)."""
+        if frame.height > self.sample:
+            rng = np.random.default_rng([self.seed, seen, frame.height])
+            frame = frame[np.sort(rng.choice(frame.height, self.sample, replace=False))]
+        if self.on == "embedding":
+            return run.embed(frame["key"])
+        if self.on == "outputs":
+            outputs = run.predict(frame["key"])
+            single = outputs.ndim == 1 or outputs.shape[1] == 1
+            return outputs.reshape(-1, 1).sigmoid() if single else outputs.softmax(1)
+        if self.on == "fields":
+            fields = {name: value for name, value in run.read(frame["key"]).items() if name != "label"}
+            return torch.cat([value.reshape(len(value), -1).float() for value in fields.values()], 1)
+        if self.on == "columns":
+            numbers = frame.select(pl.selectors.numeric()).drop("key", "label", strict=False)
+            if not numbers.width:
+                raise InvalidInput("the table has no numeric columns to compare; pass on='fields', or a function")
+            return torch.from_numpy(numbers.cast(pl.Float64).to_numpy(writable=True))
+        assert callable(self.on)
+        found = torch.as_tensor(self.on(frame, run))
+        if len(found) != frame.height:
+            raise PolicyError(f"the function of Drift(on=...) returned {len(found)} rows for {frame.height} samples")
+        return found
+
+
+def _span(window: pl.DataFrame, end: int) -> tuple[int, int]:
+    """Rows of the stream that a window is of; `end` is that after its last."""
+    return end - window.height, end
+
+
+def _window(new: pl.DataFrame, run: RunView, row: int, size: int | str, most: int) -> pl.DataFrame:
+    """Return the newest samples up to `row`, by number or duration, at most so many."""
+    if isinstance(size, int):
+        return newest(new, run, row, min(size, most))
+    frame = newest(new, run, row, most)
+    if size == "all" or not frame.height:
+        return frame
+    return frame.filter(pl.col("timestamp") > pl.col("timestamp").last().dt.offset_by(f"-{size}"))
