@@ -1,5 +1,7 @@
 """Erasure: which models learned from samples, and that afterwards nothing of them is left."""
 
+import datetime as dt
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ import polars as pl
 import pytest
 import sqlalchemy as sa
 import torch
-from streams import make_frame, make_model, make_pipeline, replayed
+from streams import START, make_frame, make_model, make_pipeline, replayed
 from torch import nn
 
 import dynkit as dk
@@ -283,6 +285,67 @@ def test_samples_are_erased_twice_in_a_row(ws: dk.Workspace, dataset: dk.Dataset
     for one, state in zip(run.trained, expected, strict=True):
         stored = ws.models.load(one.model)
         assert all(stored[name].equal(value) for name, value in state.items())
+
+
+def test_a_rebuild_has_the_threads_and_folder_of_its_run(
+    ws: dk.Workspace, dataset: dk.Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The number of threads can change the last bits."""
+    seen = tmp_path / "seen"
+    (tmp_path / "home").mkdir()
+    monkeypatch.chdir(tmp_path / "home")
+
+    def noting(model: nn.Module, batches: Batches, context: FitContext, seen: Path = seen) -> None:
+        with seen.open("a") as file:
+            file.write(f"{torch.get_num_threads()} {Path.cwd().name}\n")
+        fit(model, batches, context)
+
+    replayed(make_pipeline(dataset, training=dk.Training(**TRAINING, fit=noting)))  # type: ignore[arg-type]
+    monkeypatch.chdir(tmp_path)
+    torch.set_num_threads(2)
+    assert ws.lineage.erase(ERASED, dry_run=False).done
+    lines = seen.read_text().splitlines()
+    assert len(lines) > 4 and set(lines) == {"1 home"}
+    assert (torch.get_num_threads(), Path.cwd()) == (2, tmp_path)
+
+
+def test_models_of_a_live_run_are_made_anew_from_the_versions_that_they_saw(
+    ws: dk.Workspace, dataset: dk.Dataset
+) -> None:
+    options = dk.Training(**TRAINING, warm_start=True)  # type: ignore[arg-type]
+    run = make_pipeline(dataset, selection=dk.selection.New(), training=options).start(live=True)
+    deadline = time.monotonic() + 120
+    while len(run.trained) < 3 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    dataset.append(make_frame(500, seed=8, start=START + dt.timedelta(days=20)))
+    while len(run.trained) < 4 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    run.finish()
+    assert run.wait(120) == "finished"
+    versions = [ws.lineage.show(one.model).origins[0].dataset_version for one in run.trained]
+    assert (versions[0], versions[-1]) == (1, 2)
+    expected = list(by_hand(dataset.at(2), run, warm=True))
+    report = ws.lineage.erase(ERASED, dry_run=False)
+    assert report.done, report
+    for one, state in zip(run.trained, expected, strict=True):
+        stored = ws.models.load(one.model)
+        assert all(stored[name].equal(value) for name, value in state.items())
+    assert set(run.matrix()["model"]) == {one.model for one in run.trained}
+
+
+def test_a_model_with_two_origins_is_saved_by_the_one_that_has_a_recipe(ws: dk.Workspace, dataset: dk.Dataset) -> None:
+    run = replayed(make_pipeline(dataset, selection=dk.selection.New(), training=dk.Training(**TRAINING)))  # type: ignore[arg-type]
+    second = run.trained[1].model
+    halved = ws.lineage.add(lambda state: {n: t / 2 for n, t in state.items()}, parents=[second], name="halved")
+    assert ws.lineage.add(ws.models.load(halved), parents=[second]) == halved  # brought, too
+    above = ws.lineage.add(lambda state: {n: t * 3 for n, t in state.items()}, parents=[halved], name="above")
+    assert ws.lineage.erase([700]).blocked == ()
+    report = ws.lineage.erase([700], dry_run=False)
+    assert report.done
+    assert set(report.removed) == {second, halved, above}
+    expected = {name: tensor / 2 * 3 for name, tensor in ws.models.load(run.trained[1].model).items()}
+    assert all(ws.models.load("above")[name].equal(tensor) for name, tensor in expected.items())
+    assert [one.how for one in ws.lineage.show("halved").origins] == ["made"]
 
 
 def test_erasing_refuses_what_cannot_be(ws: dk.Workspace, dataset: dk.Dataset) -> None:

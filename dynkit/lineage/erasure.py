@@ -25,7 +25,7 @@ from dynkit.lineage.display import Shown, short, watched
 from dynkit.lineage.graph import reachable
 from dynkit.lineage.origins import Origin, origins_of
 from dynkit.lineage.rebuilding import Workshop, version_of
-from dynkit.lineage.replacing import Change, replace_models
+from dynkit.lineage.replacing import Change, replace_models, successors
 from dynkit.lineage.samples import read_selection, rewrite_selections, uses
 from dynkit.lineage.storing import free
 from dynkit.models import ModelStore
@@ -202,7 +202,7 @@ def erase(
         planned.origins,
         planned.blocked,
         planned.estimated_s,
-        rebuilt={change.origin.model: change.model for change in changes},
+        rebuilt=successors(changes),
         removed=tuple(sorted(removed)),
         checks=_checks(catalog, store, dataset, keys, tainted, removed),
         seconds=time.perf_counter() - started_s,
@@ -239,7 +239,9 @@ def _rebuild(catalog: Catalog, workshop: Workshop, planned: Erasure) -> list[Cha
         after = change.model
         if after is None and origin.training is not None and parents:
             after = parents[0]  # without samples it would have stayed as it was
-        now[origin.run, origin.model] = now[None, origin.model] = after
+        for place in (origin.run, None):
+            if after is not None or (place, origin.model) not in now:  # one that can be made again is enough
+                now[place, origin.model] = after
         changes.append(change)
     return changes
 

@@ -21,7 +21,7 @@ from dynkit.catalog import (
 from dynkit.lineage.origins import Origin
 from dynkit.lineage.rebuilding import Built, link
 
-__all__ = ["Change", "replace_models"]
+__all__ = ["Change", "replace_models", "successors"]
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def replace_models(
         What its runs keep of their policies may be made of the samples, so it goes.
     """
     changes = list(changes)
-    now = {change.origin.model: change.model for change in changes}
+    now = successors(changes)
     changed_runs = {change.origin.run for change in changes if change.origin.run and not change.clean}
     for change in changes:
         if not change.clean:
@@ -91,6 +91,15 @@ def replace_models(
         count = sum(change.origin.run == run and not change.clean for change in changes)
         _tell(connection, run, {"models": count})
     return gone
+
+
+def successors(changes: Iterable[Change]) -> dict[str, str | None]:
+    """Old to new model; of several origins, one that can still be made counts."""
+    now: dict[str, str | None] = {}
+    for change in changes:
+        if change.model is not None or change.origin.model not in now:
+            now[change.origin.model] = change.model
+    return now
 
 
 def _replace_origin(connection: sa.Connection, change: Change) -> None:

@@ -44,6 +44,7 @@ class Recipe:
     def __init__(self, catalog: Catalog, run: str) -> None:
         self._catalog = catalog
         self.run = run
+        self._home: tuple[Path, int]
 
     @cached_property
     def pipeline(self) -> Pipeline:
@@ -52,6 +53,7 @@ class Recipe:
         with self._catalog.read() as connection:
             dataset = connection.scalar(sa.select(runs.c.dataset).where(runs.c.id == self.run))
         parts = load(self._catalog.root / "runs" / self.run)
+        self._home = Path.cwd(), torch.get_num_threads()
         return Pipeline(dataset=Dataset(self._catalog, str(dataset)), **parts)
 
     @contextmanager
@@ -59,7 +61,10 @@ class Recipe:
         """Be where the run was, with its number of threads, and come back after."""
         folder, threads = Path.cwd(), torch.get_num_threads()
         try:
-            yield self.pipeline
+            pipeline = self.pipeline
+            os.chdir(self._home[0])
+            torch.set_num_threads(self._home[1])
+            yield pipeline
         finally:
             os.chdir(folder)
             torch.set_num_threads(threads)
