@@ -111,14 +111,13 @@ class Drift:
         if since == seen or (self.on in _OF_MODEL and run.model is None):
             run.report(row, trigger="drift", fired=True, reason="nothing to compare with")
             return True
-        current = _window(new, run, row, self.current, seen if self.overlap else since)
-        reference = _window(new, run, row - since, self.reference, seen - since)
-        if min(current.height, reference.height) < _LEAST:
+        n = _count(new, run, row, self.current, seen if self.overlap else since)
+        n_before = _count(new, run, row - since, self.reference, seen - since)
+        if min(n, n_before) < _LEAST:
             run.report(row, trigger="drift", fired=False, reason="too few samples to compare")
             return False
-        spans = {"reference": _span(reference, seen - since), "current": _span(current, seen)}
-        model = run.trained[-1].model if self.on in _OF_MODEL else None
-        numbers = self._compared(reference, current, (model, *spans.values()), run)
+        spans = {"reference": (seen - since - n_before, seen - since), "current": (seen - n, seen)}
+        numbers = self._compared(new, run, row, spans)
         value = numbers["p_value" if isinstance(self.criterion, PValue) else "score"]
         decision = self.criterion(value, self._history)
         self._history.append(value)
@@ -128,22 +127,30 @@ class Drift:
         return decision.fires
 
     def _compared(
-        self, reference: pl.DataFrame, current: pl.DataFrame, about: tuple[Any, ...], run: RunView
+        self, new: pl.DataFrame, run: RunView, row: int, spans: dict[str, tuple[int, int]]
     ) -> dict[str, float]:
         """Return score, and p-value where it is asked for; the same windows and model are compared once."""
+        model = run.trained[-1].model if self.on in _OF_MODEL else None
+        about = model, *spans.values()
         wanted = "p_value" if isinstance(self.criterion, PValue) else "score"
         if wanted in self._known.get(about, {}):
             return self._known[about]
-        model, before, (_, seen) = about
-        if (model, before) not in self._prepared:
+
+        def points(name: str) -> torch.Tensor:
+            begin, end = spans[name]
+            return self._points(newest(new, run, row - (spans["current"][1] - end), end - begin), run, end)
+
+        before = model, spans["reference"]
+        if before not in self._prepared:
             self._prepared.clear()
-            self._prepared[model, before] = prepared(self.metric, self._points(reference, run, 0))
-        ready, points = self._prepared[model, before], self._points(current, run, seen)
+            self._prepared[before] = prepared(self.metric, points("reference"))
+        ready, current = self._prepared[before], points("current")
         if isinstance(self.criterion, PValue):
-            tested = ready.tested(points, self.criterion.permutations, np.random.default_rng([self.seed, seen]))
+            rng = np.random.default_rng([self.seed, spans["current"][1]])
+            tested = ready.tested(current, self.criterion.permutations, rng)
             self._known[about] = {"score": tested.score, "p_value": tested.p_value}
         else:
-            self._known[about] = {"score": ready.score(points)}
+            self._known[about] = {"score": ready.score(current)}
         return self._known[about]
 
     def _points(self, frame: pl.DataFrame, run: RunView, seen: int) -> torch.Tensor:
@@ -172,16 +179,14 @@ class Drift:
         return found
 
 
-def _span(window: pl.DataFrame, end: int) -> tuple[int, int]:
-    """Rows of the stream that a window is of; `end` is that after its last."""
-    return end - window.height, end
-
-
-def _window(new: pl.DataFrame, run: RunView, row: int, size: int | str, most: int) -> pl.DataFrame:
-    """Return the newest samples up to `row`, by number or duration, at most so many."""
+def _count(new: pl.DataFrame, run: RunView, row: int, size: int | str, most: int) -> int:
+    """Return how many samples up to `row` make a window of so many, or of a duration; at most `most`."""
     if isinstance(size, int):
-        return newest(new, run, row, min(size, most))
-    frame = newest(new, run, row, most)
-    if size == "all" or not frame.height:
-        return frame
-    return frame.filter(pl.col("timestamp") > pl.col("timestamp").last().dt.offset_by(f"-{size}"))
+        return min(size, most)
+    if size == "all":
+        return most
+    time = newest(new, run, row, most)["timestamp"]
+    if not len(time):
+        return 0
+    young = time > time.tail(1).dt.offset_by(f"-{size}")
+    return len(time) - int(young.arg_max() or 0)
