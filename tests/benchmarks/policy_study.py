@@ -27,7 +27,7 @@ LOOKS = 20  # of a stream
 
 def streams(axis: str) -> list[dk.streams.Stream]:
     images = dk.streams.fashion_mnist().frame.head(10_000)
-    fashion = clocked("fashion", images["x"].to_numpy(), images["label"].to_numpy())
+    fashion = clocked("fashion-10k", images["x"].to_numpy(), images["label"].to_numpy())
     year = [dk.streams.flights()] if axis == "trigger" else []  # a selection at every interval would take an hour
     return [
         *year,
