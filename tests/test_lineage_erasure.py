@@ -19,8 +19,10 @@ from dynkit.catalog import packs
 from dynkit.data import Batches
 from dynkit.errors import Conflict, InvalidInput
 from dynkit.lineage import erasure
-from dynkit.models.reading import Packs
+from dynkit.models.reading import Reader
+from dynkit.models.shelf import Shelf
 from dynkit.training import FitContext, fit, seeded
+from dynkit.training.train import Task, train
 
 SECRET = np.array([1.2345678, -7.6543210, 3.1415927], np.float32)  # features of the samples to erase
 ERASED = [120, 121, 700, 1234]
@@ -217,7 +219,7 @@ def test_what_is_stored_as_a_difference_from_a_tainted_tensor_is_stored_anew(
     clean = ws.lineage.add(near, parents=[parent])
     with ws.catalog.read() as connection:
         ids = list(connection.scalars(sa.select(packs.c.id)))
-    with Packs(ws.catalog).reading() as reader:
+    with Reader(Shelf(ws.catalog)) as reader:
         reader.prepare(ids)
         frames = [frame for id in ids for frame in reader.pack(id).frames if frame is not None]
         based = {reader.frame(base).id.hex() for frame in frames for base in frame.bases}
@@ -226,6 +228,38 @@ def test_what_is_stored_as_a_difference_from_a_tainted_tensor_is_stored_anew(
     assert report.done, report
     assert all(ws.models.load(clean)[name].equal(tensor) for name, tensor in near.items())
     assert ws.models.fsck(deep=True) == []
+
+
+def with_optimizer(dataset: dk.Dataset, run: dk.Run, erased: list[int]) -> Iterator[dict[str, Any]]:
+    """As `by_hand`, where each training goes on with the optimizer of the one before."""
+    training = dk.Training(**TRAINING, warm_start=True, carry_optimizer=True)  # type: ignore[arg-type]
+    state, carried = None, None
+    for one in run.trained:
+        keys = run.selection(one.index).filter(~pl.col("key").is_in(erased))["key"].to_numpy(writable=True)
+        seed = int(np.random.SeedSequence([3, one.index]).generate_state(1)[0])
+        with seeded(seed):
+            model = make_model()
+            if state is not None:
+                model.load_state_dict(state)
+            task = Task(training, seed, keys.astype(np.int64), carried=carried)
+            carried = train(model, dataset.open(), task, device=torch.device("cpu")).carried
+        state = {name: value.clone() for name, value in model.state_dict().items()}
+        yield state
+
+
+def test_an_optimizer_that_is_handed_on_is_made_anew_too(ws: dk.Workspace, dataset: dk.Dataset) -> None:
+    """Also the one of the last clean training, which nothing has kept."""
+    training = dk.Training(**TRAINING, warm_start=True, carry_optimizer=True)  # type: ignore[arg-type]
+    run = replayed(make_pipeline(dataset, selection=dk.selection.New(), training=training))
+    everything, expected = (list(with_optimizer(dataset.at(1), run, erased)) for erased in ([], [700]))
+    assert all(ws.models.load(run.trained[2].model)[name].equal(value) for name, value in everything[2].items())
+    assert any((run.folder / "training").iterdir())
+    report = ws.lineage.erase([700], dry_run=False)
+    assert report.done and len(report.removed) == 2
+    for one, state in zip(run.trained, expected, strict=True):
+        stored = ws.models.load(one.model)
+        assert all(stored[name].equal(value) for name, value in state.items())
+    assert not (run.folder / "training").exists()
 
 
 def test_a_training_without_any_samples_left_is_undone(ws: dk.Workspace, dataset: dk.Dataset) -> None:

@@ -1,7 +1,11 @@
 """Workspaces that share models: only what is missing travels, histories unite, names move by compare-and-swap."""
 
+import os
+import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -127,17 +131,16 @@ def test_wrong_remotes_are_refused(shared: dk.Workspace, tmp_path: Path) -> None
         shared.lineage.push("self")
 
 
-# Forks a child for every line it reads, lets it push for so many seconds and kills it: it need not import anything.
+# Forks a child for every line it reads, which pushes: it need not import anything. Tells its pid, and whether it was killed.
 PUSHES = """
-import os, signal, sys, time
+import os, signal, sys
 from dynkit.workspace import Workspace
 for line in sys.stdin:
     child = os.fork()
     if child == 0:
         Workspace(sys.argv[1]).lineage.push()
         os._exit(0)
-    time.sleep(float(line))
-    os.kill(child, signal.SIGKILL)
+    print(child, flush=True)
     print(os.waitpid(child, 0)[1] == signal.SIGKILL, flush=True)
 """
 
@@ -153,9 +156,15 @@ def test_a_push_that_is_killed_leaves_whole_models_and_the_next_one_goes_on(tmp_
     command = [sys.executable, "-c", PUSHES, str(source.path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None and process.stdout is not None
-        for _ in range(12):
-            process.stdin.write(f"{rng.uniform(0.02, 0.4)}\n")
+        for _ in range(8):
+            process.stdin.write("\n")
             process.stdin.flush()
+            child, deadline = int(process.stdout.readline()), time.monotonic() + 60
+            while len(target.models) == sizes[-1] and time.monotonic() < deadline:
+                time.sleep(0.005)
+            time.sleep(rng.uniform(0, 0.1))
+            with suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
             killed = process.stdout.readline()
             sizes.append(len(target.models))
             if sizes[-1] > sizes[-2]:

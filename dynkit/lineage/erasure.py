@@ -26,7 +26,7 @@ from dynkit.lineage.graph import reachable
 from dynkit.lineage.origins import Origin, origins_of
 from dynkit.lineage.rebuilding import Workshop, version_of
 from dynkit.lineage.replacing import Change, replace_models, successors
-from dynkit.lineage.samples import read_selection, rewrite_selections, uses
+from dynkit.lineage.samples import forget_trainings, read_selection, rewrite_selections, uses
 from dynkit.lineage.storing import free
 from dynkit.models import ModelStore
 from dynkit.time import IntArray
@@ -191,6 +191,7 @@ def erase(
         removed = replace_models(connection, changes, judged, set(affected), dataset.name)
         of_dataset = list(connection.scalars(sa.select(runs.c.id).where(runs.c.dataset == dataset.name)))
     rewrite_selections(catalog.root, of_dataset, keys)
+    forget_trainings(catalog.root, of_dataset)
     left = np.intersect1d(keys, as_keys(dataset.keys()))
     if len(left):
         dataset.delete(left)

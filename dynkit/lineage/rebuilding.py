@@ -22,7 +22,7 @@ from dynkit.data import Dataset, Version
 from dynkit.errors import InvalidInput, NotFound
 from dynkit.evaluation.matrix import Scored
 from dynkit.lineage.operators import merged
-from dynkit.lineage.origins import Origin
+from dynkit.lineage.origins import Origin, origins_of
 from dynkit.lineage.samples import content, read_selection, without
 from dynkit.lineage.storing import put
 from dynkit.models import ModelStore
@@ -37,7 +37,13 @@ State = dict[str, torch.Tensor]
 class Recipe(Protocol):
     """How a run trained and judged its models; see `dynkit.pipeline.recipe`."""
 
-    def train(self, index: int, version: Version, chosen: pl.DataFrame, parent: State | None, /) -> Any: ...
+    @property
+    def carries(self) -> bool:
+        """Whether a training goes on with the optimizer of the one before."""
+
+    def train(
+        self, index: int, version: Version, chosen: pl.DataFrame, parent: State | None, carried: Any, /
+    ) -> Any: ...
 
     def judge(
         self, states: dict[str, State], windows: Iterable[Window], version: Version, without: IntArray, /
@@ -119,6 +125,8 @@ class Workshop:
         self._store = store
         self._recipe = recipe
         self._recipes: dict[str, Recipe] = {}
+        self._trainings: dict[tuple[str, str], tuple[Origin, tuple[str, ...], pl.DataFrame]] = {}
+        self._optimizers: dict[tuple[str, str], Any] = {}
 
     def recipe(self, run: str) -> Recipe:
         """Return the recipe of a run, loaded once."""
@@ -158,8 +166,10 @@ class Workshop:
             return None
         selection = content(frame)
         identity = _identity(origin, parents, selection)
-        known = self._known(identity, selection, frame["key"].n_unique())
-        return known or self._trained(identity, origin, parents, frame)
+        built = self._known(identity, selection, frame["key"].n_unique())
+        built = built or self._trained(identity, origin, parents, frame)
+        self._trainings[str(origin.run), built.model] = origin, parents, frame
+        return built
 
     def _known(self, identity: str, selection: str, samples: int) -> Built | None:
         with self._catalog.read() as connection:
@@ -194,7 +204,27 @@ class Workshop:
         assert origin.dataset is not None and origin.dataset_version is not None
         version = version_of(Dataset(self._catalog, origin.dataset), origin.dataset_version).open()
         parent = self._store.load(parents[0]) if parents else None
-        return self.recipe(origin.run).train(origin.index, version, chosen, parent)
+        recipe = self.recipe(origin.run)
+        carried = self._optimizer(origin.run, parents[0]) if parents and recipe.carries else None
+        return recipe.train(origin.index, version, chosen, parent, carried)
+
+    def _optimizer(self, run: str, model: str) -> Any:
+        """State of the optimizer after a model's training in a run; where it is not known, by training it again."""
+        if (run, model) not in self._optimizers:
+            with self._catalog.read() as connection:
+                made = [one for one in origins_of(connection, {model}) if one.run == run and one.number is None]
+            if (run, model) in self._trainings:
+                origin, parents, chosen = self._trainings[run, model]
+            elif made and made[0].training is not None:
+                origin, parents, chosen = (
+                    made[0],
+                    made[0].parents,
+                    read_selection(self._catalog.root, *made[0].training),
+                )
+            else:
+                return None  # the model is not from this run
+            self._optimizers[run, model] = self.train(origin, parents, chosen).carried
+        return self._optimizers[run, model]
 
     def _trained(self, identity: str, origin: Origin, parents: tuple[str, ...], chosen: pl.DataFrame) -> Built:
         started_s = time.perf_counter()
@@ -202,7 +232,9 @@ class Workshop:
         details = {"samples_passed": outcome.passed, "report": outcome.history}
         seconds = time.perf_counter() - started_s
         built = Built("", content(chosen), chosen["key"].n_unique(), seconds, details)
-        return self._remember(identity, parents, outcome.state, built)
+        built = self._remember(identity, parents, outcome.state, built)
+        self._optimizers[str(origin.run), built.model] = outcome.carried
+        return built
 
     def _remember(self, identity: str, parents: tuple[str, ...], state: State, built: Built) -> Built:
         row = {"id": identity, "seconds": built.seconds, "details": built.details}

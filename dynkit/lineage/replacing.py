@@ -114,6 +114,7 @@ def _replace_origin(connection: sa.Connection, change: Change) -> None:
             "parent": change.parents[0] if change.parents else None,
             "samples": built.samples,
             "selection": built.selection,
+            "training": None,  # it was not what a run does now
             "train_s": built.seconds,
             **built.details,
         }

@@ -5,6 +5,7 @@
 Held-out validation samples are among them: they decide when training stops.
 """
 
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from dynkit.disk import flush
 from dynkit.errors import StorageError
 from dynkit.time import IntArray
 
-__all__ = ["content", "read_selection", "rewrite_selections", "uses", "without", "write_selection"]
+__all__ = ["content", "forget_trainings", "read_selection", "rewrite_selections", "uses", "without", "write_selection"]
 
 
 def write_selection(root: Path, run: str, index: int, chosen: pl.DataFrame) -> None:
@@ -84,3 +85,9 @@ def rewrite_selections(root: Path, runs: Iterable[str], keys: IntArray) -> None:
                 path.unlink()
             elif left.height < frame.height:
                 write_selection(root, run, index, left)
+
+
+def forget_trainings(root: Path, runs: Iterable[str]) -> None:
+    """Delete what trainings keep on their way: states of optimizers, and of trainings that were interrupted."""
+    for run in runs:
+        shutil.rmtree(root / "runs" / run / "training", ignore_errors=True)

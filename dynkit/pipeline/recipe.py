@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import sqlalchemy as sa
@@ -74,11 +75,17 @@ class Recipe:
         with self._at_home() as pipeline, seeded(pipeline.seed):
             return pipeline.model()
 
-    def train(self, index: int, version: Version, chosen: pl.DataFrame, parent: State | None) -> Outcome:
-        """Train as the run did at this trigger, on these samples and from this parent; its optimizer begins anew."""
+    @property
+    def carries(self) -> bool:
+        """Whether a training goes on with the optimizer of the one before."""
+        with self._at_home() as pipeline:
+            return pipeline.training.carry_optimizer
+
+    def train(self, index: int, version: Version, chosen: pl.DataFrame, parent: State | None, carried: Any) -> Outcome:
+        """Train as the run did at this trigger, on these samples, from this parent and this state of the optimizer."""
         with self._at_home() as pipeline:
             device = resolve_device(pipeline.training.device)
-            return train(pipeline, index, version, chosen, parent=parent, device=device)
+            return train(pipeline, index, version, chosen, parent=parent, device=device, carried=carried)
 
     def judge(
         self, states: dict[str, State], windows: Iterable[Window], version: Version, without: IntArray
