@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Any
 
+import google_crc32c
 import torch
 
 from dynkit.errors import StorageError
@@ -124,14 +125,21 @@ class Reader:
             return self._files[file]
 
     def tensor(self, ref: Ref) -> torch.Tensor:
-        """Read a tensor into memory of its own.
+        """Read a tensor into memory of its own; of one that was decoded lately, the stored bytes are checked.
 
         Raises
         ------
         StorageError
             When it, or one that it is predicted from, is missing or damaged.
         """
-        return self._decoded(ref, self.frame(ref))
+        frame = self.frame(ref)
+        known = self._recent.get(frame.id)
+        if known is None:
+            known = self._decoded(ref, frame)
+            self._recent.put(frame.id, known)
+        elif google_crc32c.value(self.data(ref)) != frame.crc:
+            raise self._damaged(ref, frame)
+        return known.clone()
 
     def base(self, ref: Ref) -> torch.Tensor:
         """Decode a tensor that others are predicted from; not to be changed."""
@@ -152,9 +160,12 @@ class Reader:
         except Exception:  # what a coder says of damaged bytes differs
             sound = False
         if not sound:
-            where = self._shelf.folder / self.pack(ref[0]).file
-            raise StorageError(f"a tensor in {where} is damaged: its content does not hash to {frame.id.hex()[:12]}")
+            raise self._damaged(ref, frame)
         return tensor
+
+    def _damaged(self, ref: Ref, frame: Frame) -> StorageError:
+        where = self._shelf.folder / self.pack(ref[0]).file
+        return StorageError(f"a tensor in {where} is damaged: its content does not hash to {frame.id.hex()[:12]}")
 
     def reach(self, ref: Ref) -> tuple[dict[Ref, int], int]:
         """Return the stored bytes of all frames that a tensor needs, its own too, and how deep they go."""
