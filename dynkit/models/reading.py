@@ -106,16 +106,19 @@ class Reader:
             raise GoneError(f"the tensor {ref} in {self._shelf.folder} was removed")
         return frame
 
-    def data(self, ref: Ref) -> bytes:
-        """Read the stored bytes of a tensor."""
+    def data(self, ref: Ref) -> tuple[Frame, bytes]:
+        """Read how a tensor is stored, and its stored bytes."""
         for attempt in range(_ATTEMPTS):
-            pack, frame = self.pack(ref[0]), self.frame(ref)
+            self.frame(ref)
+            pack = self.pack(ref[0])
+            frame = pack.frames[ref[1]]
+            assert frame is not None
             try:
-                return os.pread(self._descriptor(pack.file), frame.size, pack.offsets[ref[1]])
+                return frame, os.pread(self._descriptor(pack.file), frame.size, pack.offsets[ref[1]])
             except OSError as error:
                 if not isinstance(error, FileNotFoundError) or attempt == _ATTEMPTS - 1:
                     raise _unreadable(error, self._shelf.folder / pack.file) from error
-                self._checked.discard(ref[0])
+                self._checked.discard(ref[0])  # another process has moved it
         raise AssertionError
 
     def _descriptor(self, file: str) -> int:
@@ -132,31 +135,32 @@ class Reader:
         StorageError
             When it, or one that it is predicted from, is missing or damaged.
         """
-        frame = self.frame(ref)
-        known = self._recent.get(frame.id)
+        key = self.frame(ref).id
+        known = self._recent.get(key)
         if known is None:
-            known = self._decoded(ref, frame)
-            self._recent.put(frame.id, known)
-        elif google_crc32c.value(self.data(ref)) != frame.crc:
+            known = self._decoded(ref)
+            self._recent.put(key, known)
+            return known.clone()
+        frame, data = self.data(ref)
+        if google_crc32c.value(data) != frame.crc:
             raise self._damaged(ref, frame)
         return known.clone()
 
     def base(self, ref: Ref) -> torch.Tensor:
         """Decode a tensor that others are predicted from; not to be changed."""
-        frame = self.frame(ref)
-        tensor = self._recent.get(frame.id)
+        key = self.frame(ref).id
+        tensor = self._recent.get(key)
         if tensor is None:
-            tensor = self._decoded(ref, frame)
-            self._recent.put(frame.id, tensor)
+            tensor = self._decoded(ref)
+            self._recent.put(key, tensor)
         return tensor
 
-    def _decoded(self, ref: Ref, frame: Frame) -> torch.Tensor:
+    def _decoded(self, ref: Ref) -> torch.Tensor:
+        frame, data = self.data(ref)
         bases = [self.base(base) for base in frame.bases]
         try:
-            tensor = decode(frame, self.data(ref), bases)
+            tensor = decode(frame, data, bases)
             sound = digest(frame.dtype, frame.shape, raw(tensor)) == frame.id
-        except StorageError:
-            raise
         except Exception:  # what a coder says of damaged bytes differs
             sound = False
         if not sound:

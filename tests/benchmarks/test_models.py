@@ -23,6 +23,8 @@ import dynkit as dk
 from dynkit.models import ModelStore, guard, manifest_id, tensor_id
 from dynkit.models.reading import Reader
 
+pytestmark = pytest.mark.timeout(7200)  # the standard tier trains some 200 models
+
 TIER = os.environ.get("DYNKIT_BENCH", "smoke")
 LEAST = {  # of the standard tier: lossless, guarded
     "B2 versions, fp32": (1.7, 12.0),
