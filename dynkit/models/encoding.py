@@ -285,7 +285,7 @@ def decode(frame: Frame, data: Any, bases: Sequence[torch.Tensor], grouping: Gro
             bits = restored(bits, dtype)
         return tensor_of(bits, dtype, frame.shape)
     if frame.predictor == "none":
-        expected = torch.zeros(frame.shape, dtype=dtype)
+        expected = torch.zeros(frame.shape, dtype=dtype, device="cpu")
     else:
         expected = predict(frame.predictor, frame.options, side, bases, dtype, frame.shape)
     if frame.coder == "zero":

@@ -72,7 +72,9 @@ def predict(
     if kind == "lowrank":
         return _with_product(first, options, side).to(dtype)
     kept = first.abs() > options[0] if kind == "threshold" else _unpack_mask(side, first.shape)
-    return first * kept.to(dtype) if options[-1] else torch.where(kept, first, torch.zeros((), dtype=dtype))
+    return (
+        first * kept.to(dtype) if options[-1] else torch.where(kept, first, torch.zeros((), dtype=dtype, device="cpu"))
+    )
 
 
 def fitted(target: torch.Tensor, bases: Sequence[torch.Tensor], parents: int) -> Iterator[Prediction]:
@@ -183,12 +185,12 @@ def _row_bytes(tensor: torch.Tensor) -> "np.ndarray[Any, np.dtype[np.uint8]]":
 
 def _rows(parent: torch.Tensor, side: bytes, shape: Any) -> torch.Tensor:
     """Rows of the parent where they are known, zeros elsewhere."""
-    expected = torch.zeros(shape, dtype=parent.dtype)
+    expected = torch.zeros(shape, dtype=parent.dtype, device="cpu")
     if not side:
         common = min(len(parent), len(expected))
         expected[:common] = parent[:common]
         return expected
-    rows = torch.tensor(unpack_numbers(side))
+    rows = torch.tensor(unpack_numbers(side), device="cpu")
     known = rows >= 0
     expected[known] = parent[rows[known]]
     return expected
@@ -206,8 +208,8 @@ def _low_rank(target: torch.Tensor, parent: torch.Tensor, place: int) -> Iterato
     if min(matrices[0].shape) < 2 * _OVERSAMPLING or not _looks_low_rank(*matrices):
         return
     difference = matrices[0].double() - matrices[1].double()
-    generator = torch.Generator().manual_seed(0)
-    probes = torch.randn(difference.shape[1], _RANK + _OVERSAMPLING, dtype=torch.float64, generator=generator)
+    rng = np.random.default_rng(0)
+    probes = torch.from_numpy(rng.standard_normal((difference.shape[1], _RANK + _OVERSAMPLING)))
     basis = torch.linalg.qr(difference @ probes).Q
     u, s, v = torch.linalg.svd(basis.T @ difference, full_matrices=False)
     rank = int(_rank(s.numpy() ** 2))

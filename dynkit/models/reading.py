@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Any
 
+import google_crc32c
 import torch
 
 from dynkit.errors import StorageError
@@ -105,16 +106,19 @@ class Reader:
             raise GoneError(f"the tensor {ref} in {self._shelf.folder} was removed")
         return frame
 
-    def data(self, ref: Ref) -> bytes:
-        """Read the stored bytes of a tensor."""
+    def data(self, ref: Ref) -> tuple[Frame, bytes]:
+        """Read how a tensor is stored, and its stored bytes."""
         for attempt in range(_ATTEMPTS):
-            pack, frame = self.pack(ref[0]), self.frame(ref)
+            self.frame(ref)
+            pack = self.pack(ref[0])
+            frame = pack.frames[ref[1]]
+            assert frame is not None
             try:
-                return os.pread(self._descriptor(pack.file), frame.size, pack.offsets[ref[1]])
+                return frame, os.pread(self._descriptor(pack.file), frame.size, pack.offsets[ref[1]])
             except OSError as error:
                 if not isinstance(error, FileNotFoundError) or attempt == _ATTEMPTS - 1:
                     raise _unreadable(error, self._shelf.folder / pack.file) from error
-                self._checked.discard(ref[0])
+                self._checked.discard(ref[0])  # another process has moved it
         raise AssertionError
 
     def _descriptor(self, file: str) -> int:
@@ -124,37 +128,48 @@ class Reader:
             return self._files[file]
 
     def tensor(self, ref: Ref) -> torch.Tensor:
-        """Read a tensor into memory of its own.
+        """Read a tensor into memory of its own; of one that was decoded lately, the stored bytes are checked.
 
         Raises
         ------
         StorageError
             When it, or one that it is predicted from, is missing or damaged.
         """
-        return self._decoded(ref, self.frame(ref))
+        key = self.frame(ref).id
+        known = self._recent.get(key)
+        if known is None:
+            known = self._decoded(ref)
+            self._recent.put(key, known)
+            return known.clone()
+        frame, data = self.data(ref)
+        if google_crc32c.value(data) != frame.crc:
+            raise self._damaged(ref, frame)
+        return known.clone()
 
     def base(self, ref: Ref) -> torch.Tensor:
         """Decode a tensor that others are predicted from; not to be changed."""
-        frame = self.frame(ref)
-        tensor = self._recent.get(frame.id)
+        key = self.frame(ref).id
+        tensor = self._recent.get(key)
         if tensor is None:
-            tensor = self._decoded(ref, frame)
-            self._recent.put(frame.id, tensor)
+            tensor = self._decoded(ref)
+            self._recent.put(key, tensor)
         return tensor
 
-    def _decoded(self, ref: Ref, frame: Frame) -> torch.Tensor:
+    def _decoded(self, ref: Ref) -> torch.Tensor:
+        frame, data = self.data(ref)
         bases = [self.base(base) for base in frame.bases]
         try:
-            tensor = decode(frame, self.data(ref), bases)
+            tensor = decode(frame, data, bases)
             sound = digest(frame.dtype, frame.shape, raw(tensor)) == frame.id
-        except StorageError:
-            raise
         except Exception:  # what a coder says of damaged bytes differs
             sound = False
         if not sound:
-            where = self._shelf.folder / self.pack(ref[0]).file
-            raise StorageError(f"a tensor in {where} is damaged: its content does not hash to {frame.id.hex()[:12]}")
+            raise self._damaged(ref, frame)
         return tensor
+
+    def _damaged(self, ref: Ref, frame: Frame) -> StorageError:
+        where = self._shelf.folder / self.pack(ref[0]).file
+        return StorageError(f"a tensor in {where} is damaged: its content does not hash to {frame.id.hex()[:12]}")
 
     def reach(self, ref: Ref) -> tuple[dict[Ref, int], int]:
         """Return the stored bytes of all frames that a tensor needs, its own too, and how deep they go."""

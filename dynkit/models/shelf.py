@@ -28,6 +28,7 @@ class Recent:
     """Tensors decoded lately, up to so many bytes; not to be changed, so they are never given to a user."""
 
     def __init__(self, size_bytes: int) -> None:
+        self._most = size_bytes // 4  # of one tensor, so that it does not drive out all others
         self._left = size_bytes
         self._tensors: OrderedDict[bytes, torch.Tensor] = OrderedDict()
         self._lock = threading.Lock()
@@ -43,7 +44,7 @@ class Recent:
     def put(self, key: bytes, tensor: torch.Tensor) -> None:
         """Keep a tensor, in place of the ones not used for longest."""
         with self._lock:
-            if key in self._tensors:
+            if key in self._tensors or tensor.nbytes > self._most:
                 return
             self._tensors[key] = tensor
             self._left -= tensor.nbytes
@@ -62,7 +63,7 @@ class Shelf:
     recent_bytes : int
     """
 
-    def __init__(self, catalog: Catalog, folder: Path | None = None, recent_bytes: int = 256 << 20) -> None:
+    def __init__(self, catalog: Catalog, folder: Path | None = None, recent_bytes: int = 128 << 20) -> None:
         self.catalog = catalog
         url = catalog.storage
         self.folder = folder or (catalog.root / "cache" if url else catalog.root) / "models" / "packs"

@@ -73,7 +73,7 @@ def bits_of(tensor: torch.Tensor) -> Bits:
 def tensor_of(bits: Bits, dtype: torch.dtype, shape: "torch.Size | tuple[int, ...]") -> torch.Tensor:
     """Inverse of `bits_of` and `raw`; shares the memory, which must be writable."""
     if not bits.size:
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
     return torch.from_numpy(bits.view(np.uint8)).view(dtype).reshape(shape)
 
 

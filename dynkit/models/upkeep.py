@@ -92,7 +92,7 @@ def inspect(shelf: Shelf, checked: Sequence[Stored], *, deep: bool) -> list[Dama
                     frame = reader.frame(ref)
                     for base in frame.bases:
                         needs[ref] |= check(base)
-                    if google_crc32c.value(reader.data(ref)) != frame.crc:
+                    if google_crc32c.value(reader.data(ref)[1]) != frame.crc:
                         raise StorageError(f"its bytes in {reader.pack(ref[0]).file} do not fit their checksum")
                     if deep and not needs[ref]:
                         reader.base(ref)
@@ -168,8 +168,8 @@ def _collect_once(shelf: Shelf, garbage: float) -> int | None:
 
 
 def _live_part(reader: Reader, id: int, live: set[Ref]) -> Iterator[tuple[Frame | None, bytes]]:
-    for slot, frame in enumerate(reader.pack(id).frames):
-        yield (frame, reader.data((id, slot))) if (id, slot) in live else (None, b"")
+    for slot in range(len(reader.pack(id).frames)):
+        yield reader.data((id, slot)) if (id, slot) in live else (None, b"")
 
 
 def _needed(reader: Reader, known: Iterable[Stored]) -> set[Ref]:
@@ -189,7 +189,8 @@ def _wasteful(shelf: Shelf, reader: Reader, rows: "dict[int, sa.Row[Any]]", live
     """Files of which more than this share is not needed."""
     useful = dict.fromkeys((row.file for row in rows.values()), 0)
     for id, slot in live:
-        useful[rows[id].file] += reader.frame((id, slot)).size
+        size = reader.frame((id, slot)).size
+        useful[rows[id].file] += size
     alive = {id for id, _ in live}
     for id, row in rows.items():
         useful[row.file] += row.size if id in alive else 0
@@ -248,17 +249,17 @@ def rewrite(shelf: Shelf) -> Freed:
     improved = 0
     with _alone(shelf.folder):
         before, files = shelf.size_bytes(), len(shelf.sizes())
+        plan = _Plan(shelf)
         with shelf.catalog.read() as connection:
             rows = packs_at(connection)
-            plan = _Plan(connection)
-            with Reader(shelf) as reader:
-                reader.prepare(rows)
-                for group in _groups(reader, rows):
-                    coded = {id: list(_recoded(reader, id, plan)) for id in group}
-                    better = sum(new for slots in coded.values() for _, _, new in slots)
-                    if better or len({rows[id].file for id in group}) > 1:
-                        _replace(shelf, {id: partial(_without_note, slots) for id, slots in coded.items()})
-                    improved += better
+        with Reader(shelf) as reader:
+            reader.prepare(rows)
+            for group in _groups(reader, rows):
+                coded = {id: list(_recoded(reader, id, plan)) for id in group}
+                better = sum(new for slots in coded.values() for _, _, new in slots)
+                if better or len({rows[id].file for id in group}) > 1:
+                    _replace(shelf, {id: partial(_without_note, slots) for id, slots in coded.items()})
+                improved += better
         shelf.discard({row.file for row in rows.values()} - shelf.sizes().keys())
         after, left = shelf.size_bytes(), len(shelf.sizes())
     return Freed(improved, files - left, before - after)
@@ -267,9 +268,10 @@ def rewrite(shelf: Shelf) -> Freed:
 class _Plan:
     """What a tensor may be predicted from: its namesakes in its model's ancestors and older siblings."""
 
-    def __init__(self, connection: sa.Connection) -> None:
-        self._connection = connection
-        self._models = stored(connection)
+    def __init__(self, shelf: Shelf) -> None:
+        self._catalog = shelf.catalog
+        with self._catalog.read() as connection:
+            self._models = stored(connection)
         self._first: dict[Ref, tuple[str, str]] = {}  # the oldest model that has it, and its name there
         for model in self._models.values():
             for name, ref in model.refs.items():
@@ -287,13 +289,14 @@ class _Plan:
         return [other for other in direct if other < ref], [other for other in before if other < ref]
 
     def _family(self, model: str) -> tuple[list[Stored], list[Stored]]:
-        edges_ = sa.select(edges.c.parent).where(edges.c.child == model).order_by(edges.c.kind)
-        parents = list(dict.fromkeys(self._connection.scalars(edges_)))
-        siblings = sa.select(edges.c.child).where(edges.c.parent.in_(parents), edges.c.child != model).distinct()
-        older = [self._models[id] for id in self._connection.scalars(siblings) if id in self._models]
-        older = [other for other in older if other.created_ns < self._models[model].created_ns]
+        made_from = sa.select(edges.c.parent).where(edges.c.child == model).order_by(edges.c.kind)
+        with self._catalog.read() as connection:
+            parents = list(dict.fromkeys(connection.scalars(made_from)))
+            beside = sa.select(edges.c.child).where(edges.c.parent.in_(parents), edges.c.child != model).distinct()
+            siblings = [self._models[id] for id in connection.scalars(beside) if id in self._models]
+            direct, earlier = lineage_of(connection, parents)
+        older = [other for other in siblings if other.created_ns < self._models[model].created_ns]
         older.sort(key=lambda other: -other.created_ns)
-        direct, earlier = lineage_of(self._connection, parents)
         return direct, [*older[:_SIBLINGS], *earlier]
 
 
@@ -313,7 +316,7 @@ def _recoded(reader: Reader, id: int, plan: _Plan) -> Iterator[tuple[Frame | Non
                 reader.plan(ref, again)
                 yield again, data, True
                 continue
-        yield frame, reader.data(ref), False
+        yield *reader.data(ref), False
 
 
 def _without_note(slots: Iterable[tuple[Frame | None, bytes, bool]]) -> Iterator[tuple[Frame | None, bytes]]:

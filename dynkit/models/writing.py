@@ -84,14 +84,14 @@ def commit(shelf: Shelf, draft: Draft, also: Also | None) -> None:
     relied = {*known.values(), *(base for frame, _ in coded for base in frame.bases)}
     if not coded:
         with shelf.catalog.write() as connection:
+            _still_there(shelf, relied)
             _publish(connection, draft, known, also)
-            _still_there(connection, shelf, relied)
         return
     with shelf.writing() as file:
         written = file.add(coded)
         shelf.publish(file)
         with shelf.catalog.write() as connection:
-            _still_there(connection, shelf, relied)
+            _still_there(shelf, relied)
             pack = _insert_pack(connection, file.name, written)
             refs = {frame.id: (pack, slot) for slot, (frame, _) in enumerate(coded)}
             rows = [{"key": key_of(id), "pack": pack, "slot": slot} for id, (_, slot) in refs.items()]
@@ -209,7 +209,7 @@ def bases_of(shelf: Shelf, state: Mapping[str, torch.Tensor], parents: Iterable[
         return found
 
 
-def _still_there(connection: sa.Connection, shelf: Shelf, refs: Iterable[Ref]) -> None:
+def _still_there(shelf: Shelf, refs: Iterable[Ref]) -> None:
     """Make sure, inside the transaction, that nobody removed these tensors since they were found."""
     wanted = set(refs)
     with Reader(shelf) as reader:
