@@ -11,7 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dynkit import drift, errors, plots, selection, streams, testing, training, triggers
+    from dynkit import drift, errors, lineage, plots, selection, streams, testing, training, triggers
     from dynkit.data import Dataset
     from dynkit.evaluation import Evaluation, metrics, windows
     from dynkit.models.guard import guard
@@ -38,6 +38,7 @@ __all__ = [
     "drift",
     "errors",
     "guard",
+    "lineage",
     "metrics",
     "plots",
     "selection",
@@ -63,6 +64,7 @@ _HOME = {
     "drift": "dynkit.drift:",
     "errors": "dynkit.errors:",
     "guard": "dynkit.models:guard",
+    "lineage": "dynkit.lineage:",
     "metrics": "dynkit.evaluation.metrics:",
     "plots": "dynkit.plots:",
     "selection": "dynkit.selection:",

@@ -21,6 +21,7 @@ def test_public_names_are_these() -> None:
         "drift",
         "errors",
         "guard",
+        "lineage",
         "metrics",
         "plots",
         "selection",
