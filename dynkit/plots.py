@@ -186,7 +186,9 @@ def decisions(frame: pl.DataFrame) -> Figure:
     if not seen.height:
         raise InvalidInput("no trigger has compared anything yet; triggers that only count have no scores")
     charts = []
-    for (trigger,), some in seen.group_by("trigger", maintain_order=True):
+    who = [name for name in ("voter", "trigger", "metric") if name in seen.columns]
+    for key, some in seen.group_by(who, maintain_order=True):
+        trigger = " ".join(str(part) for part in key if part is not None)
         data = _rows(some.select("timestamp", "score", "threshold", "fired"))
         axis = _time_axis(some["timestamp"])
         base = alt.Chart(data, width=_WIDTH, height=180).encode(

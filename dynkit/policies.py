@@ -91,16 +91,19 @@ def as_chosen(chosen: object, epochs: int) -> pl.DataFrame:
         given = chosen if isinstance(chosen, pl.DataFrame) else pl.DataFrame({"key": chosen})
         if "key" not in given.columns:
             raise PolicyError(f"the selection returned a frame without a column key: {given.columns}")
-        keys = given["key"].cast(pl.Int64)
+        keys = given["key"]
+        if len(keys) and not keys.dtype.is_integer():
+            hint = "; return pool.filter(mask)['key']" if keys.dtype == pl.Boolean else ""
+            raise PolicyError(f"the selection returned keys of type {keys.dtype}; they must be whole numbers{hint}")
+        columns = [keys.cast(pl.Int64).rename("key")]
+        for name, dtype in (("weight", pl.Float32), ("epoch", pl.Int64), ("score", pl.Float64)):
+            if name in given.columns:
+                columns.append(given[name].cast(dtype))
+        frame = pl.DataFrame(columns).rechunk()
     except (pl.exceptions.PolarsError, TypeError, ValueError) as error:
         raise PolicyError(f"the selection must return keys or a frame with columns key and weight: {error}") from None
     if keys.null_count():
         raise PolicyError("the selection returned keys that are null")
-    columns = [keys.rename("key")]
-    for name, dtype in (("weight", pl.Float32), ("epoch", pl.Int64), ("score", pl.Float64)):
-        if name in given.columns:
-            columns.append(given[name].cast(dtype))
-    frame = pl.DataFrame(columns).rechunk()
     if "weight" in frame.columns:
         weight = frame["weight"]
         if weight.null_count() or not weight.is_finite().all() or not (weight >= 0).all():
@@ -174,7 +177,7 @@ def snake_case(name: str) -> str:
     >>> snake_case("BetweenTriggers")
     'between_triggers'
     """
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
 
 
 def _name(value: object) -> str:

@@ -12,7 +12,7 @@ from scipy import stats
 from scipy.spatial.distance import jensenshannon
 
 import dynkit as dk
-from dynkit import testing
+from dynkit import drift, testing
 from dynkit.drift import kernels
 from dynkit.errors import InvalidInput, NotFound, PolicyError
 
@@ -316,3 +316,16 @@ def test_references_take_what_tests_take() -> None:
 def test_impossible_parameters_are_refused(make: object) -> None:
     with pytest.raises(InvalidInput, match="="):
         make()
+
+
+@pytest.mark.parametrize("metric", ["mmd", "energy"])
+def test_one_large_sample_does_not_hide_the_others(metric: str) -> None:
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(3000, 8)).astype(np.float32), rng.normal(1, 1, (3000, 8)).astype(np.float32)
+    y[0] = 1e4
+    exact = drift.test(x.astype(np.float64), y.astype(np.float64), metric, permutations=20)
+    found = drift.test(x, y, metric, permutations=20)
+    assert found.score == pytest.approx(exact.score, rel=1e-3)
+    assert found.p_value == exact.p_value < 0.05
+    wide = drift.prepared(metric, x.astype(np.float64)).score(y.astype(np.float64))
+    assert drift.prepared(metric, x).score(y) == pytest.approx(wide, rel=1e-3)

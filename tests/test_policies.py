@@ -10,11 +10,12 @@ import polars as pl
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from streams import make_frame, make_pipeline, replayed
 
 import dynkit as dk
 from dynkit import testing
-from dynkit.errors import InvalidInput
-from dynkit.policies import as_trigger, describe, digest
+from dynkit.errors import InvalidInput, PolicyError
+from dynkit.policies import as_chosen, as_trigger, describe, digest
 
 STREAM = testing.stream()
 
@@ -220,3 +221,25 @@ def test_class_balanced_is_uniform_within_a_class() -> None:
 def test_class_balanced_says_that_it_needs_labels() -> None:
     with pytest.raises(InvalidInput, match="needs labels"):
         dk.selection.ClassBalanced(n=4)(STREAM.drop("label"), testing.StreamView(), np.random.default_rng(0))
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        (lambda pool: pool["key"] > 10, r"return pool.filter\(mask\)"),
+        (lambda pool: pool["key"] + 0.5, "must be whole numbers"),
+        (lambda pool: pool.select("key", weight=pl.lit("a")), "must return keys or a frame"),
+        (lambda pool: pool.select("key", epoch=pl.lit(3)), "from 0 to 0"),
+    ],
+)
+def test_what_is_no_selection_is_told(chosen, message: str) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(PolicyError, match=message):
+        as_chosen(chosen(STREAM), 1)
+
+
+def test_columns_of_the_dataset_are_no_instructions(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    frame = make_frame(1000).with_columns(score=pl.lit("high"), epoch=pl.lit(7))
+    dataset = dk.Workspace(tmp_path).ingest("s", frame, timestamp="when", label="late", features=["a", "b", "c"])
+    run = replayed(make_pipeline(dataset, selection=lambda pool, run, rng: pool.filter(pl.col("key") % 2 == 0)))
+    assert run.selection(0).columns == ["key"]
+    assert run.selection(0).height == 250

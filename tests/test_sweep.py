@@ -98,6 +98,7 @@ def test_a_sweep_can_be_cancelled(dataset: dk.Dataset) -> None:
         ({"triger": []}, "did you mean 'trigger'"),
         ({"seed": []}, "list of different values"),
         ({"seed": [1, 1]}, "list of different values"),
+        ({"trigger": dk.triggers.Time("1d")}, "list of different values"),
         ({"trigger": [dk.triggers.Amount]}, "is a class"),
         ({"jobs": 0}, "jobs=0"),
     ],
@@ -130,3 +131,10 @@ def test_a_lock_is_one_process_at_a_time(tmp_path) -> None:
     for worker in workers:
         worker.join()
     assert counter.read_text() == "10"
+
+
+def test_labels_may_be_numbers_and_optimizers_may_be_carried(dataset: dk.Dataset) -> None:
+    training = dk.Training(warm_start=True, carry_optimizer=True)
+    sweep = dk.sweep(make_pipeline(dataset, training=training), seed={0.5: 1}).wait(120)
+    assert repr(sweep).startswith("0.5 ")
+    assert [run.status for run in sweep.runs] == ["finished"]

@@ -476,3 +476,88 @@ def test_decisions_can_be_read_and_drawn(tmp_path) -> None:
     assert counted.decisions().is_empty()
     with pytest.raises(InvalidInput, match="only count"):
         dk.plots.decisions(counted.decisions())
+
+
+# -- what went wrong once -----------------------------------------------------------------------------------------
+
+
+def test_a_late_sample_ends_no_period() -> None:
+    days = [1, 5, 2, 5, 3, 6]
+    stamps = [dt.datetime(2013, 1, day, tzinfo=dt.UTC) for day in days]
+    table = pl.DataFrame({"key": range(6), "timestamp": pl.Series(stamps).cast(pl.Datetime("ns", "UTC"))})
+    first = int(table["timestamp"].to_physical()[0])
+    view = testing.StreamView(start_ns=first, now_ns=first)
+    assert list(Time("1d")(table, view)) == [0, 4]
+
+
+def test_a_skipped_training_is_as_if_nothing_had_fired(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    frame = make_frame(1500).with_columns(late=pl.when(pl.int_range(pl.len()) >= 600).then(pl.col("late")))
+    dataset = dk.Workspace(tmp_path).ingest("s", frame, timestamp="when", label="late", features=["a", "b", "c"])
+    found = []
+    for rows in (1000, 100, 250):
+        monkeypatch.setattr("dynkit.pipeline.replay.BLOCK_ROWS", rows)  # how a user's stream is cut cannot be chosen
+        trigger = Drift(every=100, on="fields", current=100, reference=100, criterion=Threshold(9.0))
+        found.append([trained.position for trained in replayed(make_pipeline(dataset, trigger=trigger)).trained])
+    assert found == [[700]] * 3
+    for regret in ("latency", "misclassification"):
+        trigger = Cost(rate=1e12, regret=regret, every=100, training_s=lambda samples: 1.0)
+        run = replayed(make_pipeline(dataset, trigger=trigger))
+        assert [trained.position for trained in run.trained] == [700]
+
+
+def test_a_voter_is_never_asked_about_nothing(tmp_path) -> None:
+    asked = []
+
+    def own(new, run):  # type: ignore[no-untyped-def]
+        asked.append(new.height)
+        return False
+
+    dataset = dk.Workspace(tmp_path).ingest("s", make_frame(2500), timestamp="when", label="late")
+    run = replayed(make_pipeline(dataset, trigger=any_of(Time("10000m"), own)))  # a period ends at a block's edge
+    assert [trained.position for trained in run.trained] == [1000, 2000]
+    assert min(asked) > 0
+
+
+def test_numbers_of_numpy_can_be_reported(tmp_path) -> None:
+    def own(new, run):  # type: ignore[no-untyped-def]
+        run.report(new.height - 1, trigger="own", score=np.float32(0.5), fired=np.bool_(True), seen=np.arange(2))
+        return True
+
+    dataset = dk.Workspace(tmp_path).ingest("s", make_frame(500), timestamp="when", label="late")
+    decided = replayed(make_pipeline(dataset, trigger=own)).decisions()
+    assert decided.select("score", "fired", "seen").row(0) == (0.5, True, [0, 1])
+    with pytest.raises(PolicyError, match=r"score=.* only numbers, texts"):
+        replayed(make_pipeline(dataset, trigger=lambda new, run: run.report(0, score=object())))
+
+
+def test_two_triggers_of_a_kind_are_told_apart_and_warmup_is_no_firing(tmp_path) -> None:
+    options = {"every": 200, "on": "fields", "current": 200, "reference": 200, "criterion": Threshold(9.0)}
+    trigger = any_of(
+        Drift("mmd", **options),  # type: ignore[arg-type]
+        all_of(Drift("ks", **options, warmup=Amount(700), warmup_looks=6), Amount(1)),  # type: ignore[arg-type]
+    )
+    run, _ = drifts(tmp_path, trigger, make_frame(1400))
+    frame = run.decisions()
+    assert set(frame.select("voter", "metric").unique().rows()) == {("0", "mmd"), ("1.0", "ks")}
+    assert len(dk.plots.decisions(frame).chart.to_dict()["vconcat"]) == 2
+    ks = frame.filter(metric="ks")
+    assert ks["warmup"].to_list() == [True] * 6 + [None]
+    assert not ks["fired"].any()
+
+
+def test_resuming_reports_no_decision_twice(tmp_path) -> None:
+    trigger = any_of(
+        Drift(every=1000, on="fields", current=100, reference=100, criterion=Threshold(9.0)),
+        Performance(every=300, criterion=Threshold(0.0)),
+    )
+    dataset = dk.Workspace(tmp_path).ingest("s", make_frame(3000), timestamp="when", label="late")
+    pipeline = make_pipeline(dataset, trigger=trigger)
+    whole = replayed(pipeline).decisions()
+    steps = pipeline.replay()
+    for n, event in enumerate(steps):  # noqa: B007
+        if n == 9:
+            break
+    steps.close()
+    again = dk.Workspace(tmp_path).run(event.run).resume()
+    assert again.wait(120) == "finished"
+    assert again.decisions().equals(whole)

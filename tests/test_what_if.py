@@ -1,5 +1,6 @@
 """What-if: the same as running it, where it says so."""
 
+import numpy as np
 import pytest
 from streams import make_pipeline, replayed
 from test_triggers import shifted
@@ -27,7 +28,7 @@ def test_thresholds_fire_where_they_really_would(dataset: dk.Dataset) -> None:
     run = replayed(make_pipeline(dataset, trigger=any_of(drift(), Time("20d"))))
     thresholds = [0.0005, 0.002, 0.01, 0.05, 0.3]
     found = dk.what_if(run, drift_threshold=thresholds).frame
-    assert found["variant"].to_list() == ["the run", *(f"drift_threshold={one:g}" for one in thresholds)]
+    assert found["variant"].to_list() == ["the run", *(f"drift_threshold={one}" for one in thresholds)]
     assert found["positions"][0].to_list() == positions(run)
     assert found["exact"].all()
     for threshold, expected in zip(thresholds, found["positions"][1:], strict=True):
@@ -89,3 +90,31 @@ def test_nothing_is_trained_or_committed(dataset: dk.Dataset) -> None:
     before = len(run.events()), len(dk.Workspace(run.folder.parents[1]).runs())
     dk.what_if(run, drift_threshold=0.001)
     assert (len(run.events()), len(dk.Workspace(run.folder.parents[1]).runs())) == before
+
+
+class Every:
+    """A trigger with memory."""
+
+    def __init__(self, n: int) -> None:
+        self.n, self.rows = n, 0
+
+    def __call__(self, new, run):  # type: ignore[no-untyped-def]
+        places = [i for i in range(new.height) if (self.rows + i + 1) % self.n == 0]
+        self.rows += new.height
+        return places
+
+
+def test_variants_do_not_share_the_memory_of_their_warmup(dataset: dk.Dataset) -> None:
+    trigger = Drift(
+        every=200, on="fields", current=100, reference=100, criterion=Threshold(9.0), warmup=Every(300), warmup_looks=7
+    )
+    run = replayed(make_pipeline(dataset, trigger=trigger))
+    frame = dk.what_if(run, drift_threshold=np.float32([9.0, 9.5])).frame
+    assert [found.to_list() for found in frame["positions"]] == [positions(run)] * 3
+
+
+def test_a_run_that_never_trained_can_be_asked(dataset: dk.Dataset) -> None:
+    run = replayed(make_pipeline(dataset, trigger=Amount(10**6)))
+    frame = dk.what_if(run, trigger={"500": Amount(1500), "drift": drift()}).frame
+    assert frame["positions"].to_list()[:2] == [[], [1500, 3000]]
+    assert frame["exact"].to_list()[1] and frame["triggers"][2] >= 2

@@ -266,9 +266,17 @@ def _finite(score: float) -> float:
 def squares(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """Squared distances (..., N, M) of rows, which are small numbers: equal ones are at distance 0."""
     norms_x, norms_y = x.square().sum(-1), y.square().sum(-1)
-    square = (norms_x[..., :, None] + norms_y[..., None, :]).sub_(x @ y.mT, alpha=2)
-    rounding = 8 * torch.finfo(x.dtype).eps * float(torch.maximum(norms_x.max(), norms_y.max()))
-    return torch.threshold_(square, rounding, 0)
+    square = x @ y.mT
+    step = max(1, _PAIRS // square[..., 0, :].numel())
+    for part, norms in zip(torch.split(square, step, -2), torch.split(norms_x, step, -1), strict=True):
+        together = norms[..., :, None] + norms_y[..., None, :]
+        _without_rounding(part.mul_(-2).add_(together), together)
+    return square
+
+
+def _without_rounding(square: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
+    """Make squared distances 0, in place, that are no more than what rounding leaves of two equal rows."""
+    return square.masked_fill_(square < norms.mul_(8 * torch.finfo(square.dtype).eps), 0)
 
 
 def _mean_pairs(x: torch.Tensor, y: torch.Tensor, kernel: Kernel, itself: int) -> float:
@@ -282,14 +290,15 @@ def _mean_pairs(x: torch.Tensor, y: torch.Tensor, kernel: Kernel, itself: int) -
     center = x.mean(0)
     x, y = x - center, y - center
     norms_x, norms_y = x.square().sum(1, keepdim=True), y.square().sum(1, keepdim=True)
-    rounding = 8 * torch.finfo(x.dtype).eps * float(torch.maximum(norms_x.max(), norms_y.max()))
     left = torch.cat([-2 * x, norms_x, torch.ones_like(norms_x)], 1)
     right = torch.cat([y, torch.ones_like(norms_y), norms_y], 1).mT.contiguous()
     rows = max(1, (_CACHED_PAIRS if x.device.type == "cpu" else _PAIRS) // len(y))
     memory = x.new_empty(min(rows, len(x)), len(y))
     total = 0.0
-    for some in torch.split(left, rows):
-        square = torch.threshold_(torch.mm(some, right, out=memory[: len(some)]), rounding, 0)
+    limits = torch.empty_like(memory)
+    for some, norms in zip(torch.split(left, rows), torch.split(norms_x, rows), strict=True):
+        square = torch.mm(some, right, out=memory[: len(some)])
+        _without_rounding(square, torch.add(norms, norms_y.mT, out=limits[: len(some)]))
         total += float(kernel(square).sum(dtype=torch.float64))
     return (total - itself * len(x)) / (len(x) * (len(y) - itself))
 

@@ -134,8 +134,7 @@ class Owner:
         """Position of the last decision that was reported; -1 before any."""
         events = tables.events
         query = sa.select(events.c.data).where(events.c.run == self.run, events.c.kind == "decided")
-        last = connection.scalar(query.order_by(events.c.seq.desc()).limit(1))
-        return -1 if last is None else int(last["position"])
+        return max((int(data["position"]) for data in connection.scalars(query)), default=-1)
 
     @property
     def dataset(self) -> Dataset:

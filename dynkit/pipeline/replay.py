@@ -201,7 +201,7 @@ class _Loop:
         if not trainable.all():
             pool = pool.filter(trainable)
         rng = np.random.default_rng([self.pipeline.seed, index])
-        chosen = as_chosen(self.selection(pool, self.view, rng), self.pipeline.training.epochs)
+        chosen = as_chosen(_instructions(self.selection(pool, self.view, rng), pool), self.pipeline.training.epochs)
         rows = self.stream.place(chosen["key"].to_numpy())
         if chosen.height and not (rows.min() >= 0 and rows.max() < seen and trainable[rows].all()):
             raise PolicyError(f"the selection returned keys at trigger {index} that are not in its pool")
@@ -327,6 +327,15 @@ class _Loop:
         fraction = 1 - _EVALUATION_SHARE * (1 - (n - 1) / windows)
         n = min(n, windows)
         self.owner.progress = {"phase": "evaluating", "fraction": fraction, "window": n, "windows": windows}
+
+
+def _instructions(chosen: Any, pool: pl.DataFrame) -> Any:
+    """Leave out what a selection only passes on: the dataset's own columns epoch and score."""
+    if not isinstance(chosen, pl.DataFrame) or "key" not in chosen.columns:
+        return chosen
+    own = [name for name in ("epoch", "score") if name in pool.columns and name in chosen.columns]
+    same = chosen.select("key", *own).equals(chosen.select("key").join(pool, on="key", how="left").select("key", *own))
+    return chosen.drop(own) if own and same else chosen
 
 
 def _pickled(policy: Any) -> bytes:

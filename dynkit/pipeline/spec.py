@@ -284,7 +284,7 @@ class _Builder:
         if isinstance(value, str) and str in parts:
             role = ROLES.get(policies[0], "function") if policies else "function"
             functions = policies or any(typing.get_origin(part) is Callable for part in parts)
-            own = value in self.namespace or ":" in value
+            own = callable(self.namespace.get(value)) or ":" in value
             return self._find(path, value, role) if functions and own and value not in BUILT_IN.get(role, {}) else value
         if policies and value is not None:
             return self._nested(path, policies[0], value)

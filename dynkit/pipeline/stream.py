@@ -41,6 +41,8 @@ class Stream:
         table = self.version.table
         self.table: pl.DataFrame = table.sort("key") if self.live else table
         self.time_ns: IntArray = self.table["timestamp"].to_physical().to_numpy()
+        #: latest time of the samples up to each row; in a replay its own
+        self.newest_ns: IntArray = np.maximum.accumulate(self.time_ns)
         self._keys: IntArray = self.table["key"].to_numpy().astype(np.int64)
         ordered = bool((self._keys[1:] > self._keys[:-1]).all())
         self._sorter: IntArray | None = None if ordered else np.argsort(self._keys)

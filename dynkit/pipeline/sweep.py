@@ -6,6 +6,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import polars as pl
 
 from dynkit import html
@@ -58,8 +59,12 @@ def sweep(pipeline: Pipeline, *, jobs: int = 1, **grid: Any) -> "Sweep":
     for name, values in grid.items():
         if name not in _FIELDS:
             raise InvalidInput(f"{name!r} cannot vary in a sweep{did_you_mean(name, _FIELDS)}")
-        labelled = dict(values) if isinstance(values, Mapping) else {_label(value): value for value in values}
-        if not labelled or (not isinstance(values, Mapping) and len(labelled) < len(values)):
+        values = values.tolist() if isinstance(values, np.ndarray) else values
+        if isinstance(values, Mapping):
+            labelled = {str(label): value for label, value in values.items()}
+        else:
+            labelled = {_label(value): value for value in values} if isinstance(values, list | tuple) else {}
+        if not labelled or len(labelled) < len(values):
             raise InvalidInput(f"{name}={values!r} must be a list of different values, or a mapping of labels to them")
         axes[name] = labelled
     combinations = [dict(zip(axes, labels, strict=True)) for labels in itertools.product(*axes.values())]
@@ -102,10 +107,11 @@ class Sweep:
                 if not self._waiting:
                     return
                 at, pipeline = self._waiting.pop(0)
+            reuse = not pipeline.training.carry_optimizer  # which another run's training does not leave
             try:
                 known = find(pipeline.dataset.catalog, pipeline.digest())
                 done = known is not None and known.status == "finished"
-                run = self._runs[at] = known if known is not None and done else pipeline.start(reuse=True)
+                run = self._runs[at] = known if known is not None and done else pipeline.start(reuse=reuse)
                 run.wait()
             except BaseException as error:  # told by `wait`: nobody looks at a thread
                 self._error = error

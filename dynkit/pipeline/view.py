@@ -1,6 +1,7 @@
 """What policies see of the run that calls them."""
 
 import datetime as dt
+import json
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, cast
 
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from dynkit.data import Batches, as_keys, held_out
-from dynkit.errors import Conflict
+from dynkit.errors import Conflict, PolicyError
 from dynkit.models import ModelStore
 from dynkit.pipeline.stream import Stream
 from dynkit.policies import as_positions
@@ -80,7 +81,7 @@ class View:
     @property
     def model(self) -> nn.Module | None:
         """See `RunView`; loaded when first asked for."""
-        if not self.trained:
+        if not self.trained or not self.trained[-1].model:
             return None
         newest = self.trained[-1].model
         if self._loaded is None or self._loaded[0] != newest:
@@ -150,11 +151,11 @@ class View:
         """See `RunView`."""
         row = self._past_rows + position
         at = {"position": self._stream.position(row + 1), "at_ns": int(self._stream.time_ns[row])}
-        self._reports.append({**at, **numbers})
+        self._reports.append({**at, **{name: _plain(name, value) for name, value in numbers.items()}})
 
     def reported(self) -> list[dict[str, Any]]:
         """Return what triggers reported since the last call, each with its position in the stream."""
-        reports, self._reports = self._reports, []
+        reports, self._reports = sorted(self._reports, key=lambda report: report["position"]), []
         return reports
 
     def _model(self, model: nn.Module | None) -> nn.Module:
@@ -189,15 +190,27 @@ class View:
         for offset in as_positions(trigger(new, self), new.height):
             seen = row + offset + 1
             if seen > self.last_row:  # without new samples there is nothing to train on
+                trainings = len(self.trained)
                 yield seen
-                self.move(seen, since=-(offset + 1), past=row)
+                trained = len(self.trained) > trainings
+                self.move(seen, since=-(offset + 1) if trained else row - self.last_row, past=row)
 
     def last_ns(self, seen: int) -> int:
-        """Timestamp of the last of the first `seen` samples."""
-        return int(self._stream.time_ns[seen - 1])
+        """Latest timestamp of the first `seen` samples."""
+        return int(self._stream.newest_ns[seen - 1])
 
     def see_all(self) -> None:
         """Stand at the end, in time: the view of windows."""
         self.move(len(self._stream))
         if self._stream.live and len(self._stream):
             self.start_ns, self.now_ns = int(self._stream.time_ns.min()), int(self._stream.time_ns.max())
+
+
+def _plain(name: str, value: Any) -> Any:
+    """Return what a trigger reports as a JSON value."""
+    value = value.tolist() if isinstance(value, np.generic | np.ndarray | torch.Tensor) else value
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        raise PolicyError(f"run.report({name}={value!r}): only numbers, texts and lists of them can be kept") from None
+    return value

@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
+import numpy as np
 import polars as pl
 
 from dynkit import html
@@ -92,8 +93,8 @@ def what_if(
         raise Conflict(f"run {run.id} is {kind}; a what-if replays a finished run of one dataset version")
     walk = _Walk(run)
     if drift_threshold is not None:
-        given = [drift_threshold] if isinstance(drift_threshold, int | float) else drift_threshold
-        variants = {f"drift_threshold={one:g}": walk.with_threshold(float(one)) for one in given}
+        given = [float(one) for one in np.atleast_1d(drift_threshold)]
+        variants = {f"drift_threshold={one!r}": walk.with_threshold(one) for one in given}
     elif isinstance(trigger, Mapping):
         variants = {name: copy.deepcopy(as_trigger(one)) for name, one in trigger.items()}
     else:
@@ -145,6 +146,8 @@ class _Walk:
     def _imagined(self, index: int, seen: int, last_ns: int) -> Trained:
         """Return a training that did not happen, with the model and the seconds of the run's last one by then."""
         known = [one for one in self._trained if one.position <= seen] or self._trained[:1]
+        if not known:
+            return Trained(index, seen, last_ns, "", 0, 0.0)
         return Trained(index, seen, last_ns, known[-1].model, known[-1].samples, known[-1].train_s)
 
 

@@ -114,7 +114,8 @@ def collect(
     model.eval()
     try:
         with torch.inference_mode():
-            return torch.cat([of(predict(model, batch), batch).cpu() for batch in batches])
+            found = [of(predict(model, batch), batch).cpu() for batch in batches]
+            return torch.cat(found) if found else torch.empty(0)
     finally:
         model.train(training)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -10,7 +11,7 @@ import polars as pl
 from dynkit.errors import InvalidInput, check_whole
 from dynkit.evaluation.metrics import Accuracy
 from dynkit.time import IntArray
-from dynkit.triggers.looking import check_looking, looked, newest, since_training
+from dynkit.triggers.looking import check_looking, looked, newest, since_training, told
 from dynkit.triggers.performance import Expectation, check_expected, judged
 from dynkit.types import RunView, Trained, Trigger
 
@@ -76,32 +77,28 @@ class Cost:
 
     def __call__(self, new: pl.DataFrame, run: RunView) -> Iterator[int]:
         """Row positions of `new` where training pays."""
-        return looked(new, run, lambda row: self._look(new, run, row), self.every, self.warmup, self.warmup_looks)
+        return looked(new, run, partial(self._look, new, run), self.every, self.warmup, self.warmup_looks)
 
-    def _look(self, new: pl.DataFrame, run: RunView, row: int) -> bool:
+    def _look(self, new: pl.DataFrame, run: RunView, row: int, warming: bool) -> bool:
         since = since_training(run, row)
         if since == run.past.height + row + 1:
-            run.report(row, trigger="cost", fired=True, reason="no training yet")
-            return True
+            return told(run, row, warming, True, trigger="cost", reason="no training yet")
         regret = self._latency(new, run, row) if self.regret == "latency" else self._misclassified(new, run, row)
         training_s = (
             self.training_s(since) if self.training_s is not None else _expected_s(run.trained[-self.window :], since)
         )
-        fired = bool(regret / self.rate >= training_s)
-        run.report(
-            row, trigger="cost", score=regret, threshold=self.rate * training_s, fired=fired, training_s=training_s
-        )
-        return fired
+        numbers = {"score": regret, "threshold": self.rate * training_s, "training_s": training_s}
+        return told(run, row, warming, regret / self.rate >= training_s, trigger="cost", **numbers)
 
     def _latency(self, new: pl.DataFrame, run: RunView, row: int) -> float:
         """Sample seconds that the samples since the last training have waited."""
         time_ns = _times(newest(new, run, row, since_training(run, row)))
-        return float((time_ns[-1] - time_ns).clip(min=0).sum() / 1e9)
+        return float((time_ns.max() - time_ns).sum() / 1e9)
 
     def _misclassified(self, new: pl.DataFrame, run: RunView, row: int) -> float:
         """Error seconds since the last training."""
         seen = newest(new, run, row, min(self.every, since_training(run, row)))
-        end_ns = int(_times(seen)[-1])
+        end_ns = int(_times(seen).max())
         outputs, labels = judged(seen, run)
         avoidable = 0.0
         if len(labels):

@@ -1,8 +1,10 @@
 """Train when the samples have changed since the last training."""
 
+import copy
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,7 @@ from dynkit.drift import prepared, resolve
 from dynkit.drift.criteria import Criterion, DynamicQuantile, PValue
 from dynkit.errors import InvalidInput, PolicyError, check_whole, did_you_mean
 from dynkit.time import check_duration
-from dynkit.triggers.looking import check_looking, looked, newest, since_training
+from dynkit.triggers.looking import check_looking, looked, newest, since_training, told
 from dynkit.types import DriftMetric, RunView, Trigger
 
 __all__ = ["Drift"]
@@ -97,34 +99,33 @@ class Drift:
 
     def __call__(self, new: pl.DataFrame, run: RunView) -> Iterator[int]:
         """Row positions of `new` where drift was seen."""
-        return looked(new, run, lambda row: self._look(new, run, row), self.every, self.warmup, self.warmup_looks)
+        return looked(new, run, partial(self._look, new, run), self.every, self.warmup, self.warmup_looks)
 
     def decided_by(self, criterion: Criterion) -> "Drift":
         """Return this trigger with another criterion; what either has compared, the other need not compare again."""
-        other = dataclasses.replace(self, criterion=criterion)
+        warmup, on = copy.deepcopy((self.warmup, self.on))  # they may have state
+        other = dataclasses.replace(self, criterion=criterion, warmup=warmup, on=on)
         object.__setattr__(other, "_known", self._known)
         return other
 
-    def _look(self, new: pl.DataFrame, run: RunView, row: int) -> bool:
+    def _look(self, new: pl.DataFrame, run: RunView, row: int, warming: bool) -> bool:
+        tell = partial(told, run, row, warming, trigger="drift", metric=_name(self.metric))
         seen = run.past.height + row + 1
         since = since_training(run, row)
         if since == seen or (self.on in _OF_MODEL and run.model is None):
-            run.report(row, trigger="drift", fired=True, reason="nothing to compare with")
-            return True
+            return tell(True, reason="nothing to compare with")
         n = _count(new, run, row, self.current, seen if self.overlap else since)
         n_before = _count(new, run, row - since, self.reference, seen - since)
         if min(n, n_before) < _LEAST:
-            run.report(row, trigger="drift", fired=False, reason="too few samples to compare")
-            return False
+            return tell(False, reason="too few samples to compare")
         spans = {"reference": (seen - since - n_before, seen - since), "current": (seen - n, seen)}
         numbers = self._compared(new, run, row, spans)
         value = numbers["p_value" if isinstance(self.criterion, PValue) else "score"]
         decision = self.criterion(value, self._history)
         self._history.append(value)
         del self._history[: -getattr(self.criterion, "window", 1)]
-        told = {name: list(span) for name, span in spans.items()}
-        run.report(row, trigger="drift", **numbers, threshold=decision.threshold, fired=decision.fires, **told)
-        return decision.fires
+        windows = {name: list(span) for name, span in spans.items()}
+        return tell(decision.fires, threshold=decision.threshold, **{**numbers, **windows})
 
     def _compared(
         self, new: pl.DataFrame, run: RunView, row: int, spans: dict[str, tuple[int, int]]
@@ -179,6 +180,10 @@ class Drift:
         return found
 
 
+def _name(metric: str | DriftMetric) -> str:
+    return metric if isinstance(metric, str) else getattr(metric, "__name__", type(metric).__name__)
+
+
 def _count(new: pl.DataFrame, run: RunView, row: int, size: int | str, most: int) -> int:
     """Return how many samples up to `row` make a window of so many, or of a duration; at most `most`."""
     if isinstance(size, int):
@@ -188,5 +193,5 @@ def _count(new: pl.DataFrame, run: RunView, row: int, size: int | str, most: int
     time = newest(new, run, row, most)["timestamp"]
     if not len(time):
         return 0
-    young = time > time.tail(1).dt.offset_by(f"-{size}")
+    young = time > time.sort().tail(1).dt.offset_by(f"-{size}")
     return len(time) - int(young.arg_max() or 0)

@@ -62,5 +62,6 @@ class Time:
         start_ns = run.start_ns if self.start is None else to_ns(self.start)
         time_ns = new["timestamp"].to_physical().to_numpy()
         period = period_index(np.concatenate([[run.now_ns], time_ns]), start_ns, self.every)
+        period = np.maximum.accumulate(period)  # a late sample begins no period
         positions: list[int] = (np.flatnonzero(np.diff(period)) - 1).tolist()
         return positions

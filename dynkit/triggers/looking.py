@@ -2,6 +2,7 @@
 
 import heapq
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import polars as pl
 
@@ -9,7 +10,7 @@ from dynkit.errors import InvalidInput, check_whole
 from dynkit.policies import as_positions
 from dynkit.types import RunView, Trigger
 
-__all__ = ["check_looking", "looked", "newest", "since_training"]
+__all__ = ["check_looking", "looked", "newest", "since_training", "told"]
 
 
 def check_looking(every: int, warmup: Trigger | None, warmup_looks: int) -> None:
@@ -28,7 +29,7 @@ def check_looking(every: int, warmup: Trigger | None, warmup_looks: int) -> None
 def looked(
     new: pl.DataFrame,
     run: RunView,
-    look: Callable[[int], bool],
+    look: Callable[[int, bool], bool],
     every: int,
     warmup: Trigger | None,
     warmup_looks: int,
@@ -40,7 +41,8 @@ def looked(
     new : pl.DataFrame
     run : RunView
     look : callable
-        Whether to train after this row of `new`; also asked while warming up, so that it knows what is usual.
+        ``(row, warming) -> bool``: whether to train after this row of `new`; also asked while warming up, so that it
+        knows what is usual.
     every : int
         Samples between two looks.
     warmup : Trigger or None
@@ -52,8 +54,15 @@ def looked(
     warming = as_positions(warmup(new.head(warm), run), warm) if warmup is not None and warm else iter(())
     looks = range(-(seen + 1) % every, new.height, every)
     for row, is_warmup in heapq.merge(((row, False) for row in looks), ((row, True) for row in warming)):
-        if is_warmup or (look(row) and row >= warm):
+        if is_warmup or look(row, row < warm):
             yield row
+
+
+def told(run: RunView, row: int, warming: bool, fires: bool, **numbers: Any) -> bool:
+    """Report a look and return whether to train, which it is not the look's to say while warming up."""
+    fired = bool(fires and not warming)
+    run.report(row, fired=fired, **numbers, **({"warmup": True} if warming else {}))
+    return fired
 
 
 def since_training(run: RunView, row: int) -> int:

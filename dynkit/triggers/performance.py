@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -9,10 +10,10 @@ import polars as pl
 import torch
 
 from dynkit.drift import estimate_accuracy
-from dynkit.drift.criteria import Criterion, Decision, Threshold
+from dynkit.drift.criteria import Criterion, Decision, PValue, Threshold
 from dynkit.errors import InvalidInput, check_whole
 from dynkit.evaluation.metrics import Accuracy, higher_is_better, metric_name, resolve_metric
-from dynkit.triggers.looking import check_looking, looked, newest, since_training
+from dynkit.triggers.looking import check_looking, looked, newest, since_training, told
 from dynkit.types import Metric, RunView, Trigger
 
 __all__ = ["AvoidableMisclassifications", "Expectation", "Performance", "forecast", "judged"]
@@ -100,40 +101,31 @@ class Performance:
             raise InvalidInput(f"mode={self.mode!r} must be 'hindsight' or 'lookahead'")
         if self.labels not in ("true", "estimated"):
             raise InvalidInput(f"labels={self.labels!r} must be 'true' or 'estimated'")
-        if not callable(self.criterion) and not isinstance(self.criterion, AvoidableMisclassifications):
+        judges = callable(self.criterion) or isinstance(self.criterion, AvoidableMisclassifications)
+        if not judges or isinstance(self.criterion, PValue):
             raise InvalidInput(f"criterion={self.criterion!r} is not one; write dk.drift.Threshold(0.7), for example")
 
     def __call__(self, new: pl.DataFrame, run: RunView) -> Iterator[int]:
         """Row positions of `new` where the model had become worse."""
-        return looked(new, run, lambda row: self._look(new, run, row), self.every, self.warmup, self.warmup_looks)
+        return looked(new, run, partial(self._look, new, run), self.every, self.warmup, self.warmup_looks)
 
-    def _look(self, new: pl.DataFrame, run: RunView, row: int) -> bool:
+    def _look(self, new: pl.DataFrame, run: RunView, row: int, warming: bool) -> bool:
         name = metric_name(resolve_metric(self.metric))
+        tell = partial(told, run, row, warming, trigger="performance", metric=name)
         if run.model is None:
-            run.report(row, trigger="performance", metric=name, fired=True, reason="no model yet")
-            return True
+            return tell(True, reason="no model yet")
         seen = newest(new, run, row, min(self.every, since_training(run, row)))
         score = self._estimated(seen, new, run, row) if self.labels == "estimated" else self._measured(seen, run)
         if score is None:
-            run.report(row, trigger="performance", metric=name, fired=False, reason="no labels to judge by")
-            return False
+            return tell(False, reason="no labels to judge by")
         samples = seen.height if self.labels == "estimated" else seen["label"].count()
         coming = forecast([*self._history, score]) if self.mode == "lookahead" else None
-        told, decision = self._decide(score, coming, samples, new, run, row)
+        more, decision = self._decide(score, coming, samples, new, run, row)
         self._history.append(score)
         del self._history[: -max(getattr(self.criterion, "window", 1), _WINDOW)]
-        run.report(
-            row,
-            trigger="performance",
-            metric=name,
-            score=score,
-            threshold=decision.threshold,
-            fired=decision.fires,
-            samples=samples,
-            **told,
-            **({} if coming is None else {"forecast": coming}),
-        )
-        return decision.fires
+        if coming is not None:
+            more["forecast"] = coming
+        return tell(decision.fires, score=score, threshold=decision.threshold, samples=samples, **more)
 
     def _decide(
         self, score: float, coming: float | None, samples: int, new: pl.DataFrame, run: RunView, row: int
@@ -143,9 +135,9 @@ class Performance:
         if isinstance(criterion, AvoidableMisclassifications):
             expected, count = self._expectation.of(criterion.expected_accuracy, score, new, run, row)
             count = self._expectation.count = count + round(criterion.avoidable(score, expected, samples))
-            told = {"expected": expected, "avoidable": count}
+            numbers = {"expected": expected, "avoidable": count}
             ahead = 0 if coming is None else round(max(0.0, expected - coming) * self.every)
-            return told, Decision(count + ahead >= criterion.n, float(criterion.n))
+            return numbers, Decision(count + ahead >= criterion.n, float(criterion.n))
         worse = higher_is_better(resolve_metric(self.metric))
         decision = criterion(score, self._history, lower_is_worse=worse)
         if coming is not None and not decision.fires:

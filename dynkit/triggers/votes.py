@@ -54,14 +54,14 @@ class AtLeast:
             before = copy.deepcopy(self.triggers)  # each may look further than the row at which all of them fire
             views = [ahead(run, new, start) for _ in self.triggers]
             fired = self._first(rest, [cast(RunView, view) for view in views], least)
-            for view in views:
-                view.forward(fired)
+            for i, view in enumerate(views):
+                view.forward(fired, str(i))
             if fired is None:
                 return
             if fired + 1 < rest.height:
                 cast(list[Trigger], self.triggers)[:] = before
-                for trigger in self.triggers:  # up to here again, and no further
-                    head = rest.head(fired + 1)
+                head = rest.head(fired + 1)
+                for trigger in self.triggers if head.height else ():  # up to here again, and no further
                     list(as_positions(trigger(head, cast(RunView, ahead(run, new, start))), head.height))
             self._voted.clear()
             yield start + fired
@@ -132,7 +132,8 @@ class _Ahead:
 
     @property
     def now_ns(self) -> int:
-        return int(self._new["timestamp"].to_physical()[self._start - 1]) if self._start else self._run.now_ns
+        newest = self._new["timestamp"].head(self._start).to_physical().max()
+        return self._run.now_ns if newest is None else max(self._run.now_ns, int(newest))  # type: ignore[arg-type]  # a maximum of whole numbers
 
     @property
     def now(self) -> dt.datetime:
@@ -141,11 +142,13 @@ class _Ahead:
     def report(self, position: int, **numbers: Any) -> None:
         self._reports.append((position, numbers))
 
-    def forward(self, last: int | None) -> None:
-        """Report what was seen up to a row; what came after was seen with a model that is no longer the newest."""
+    def forward(self, last: int | None, voter: str) -> None:
+        """Report what a voter saw up to a row; what came after was seen with a model that is no longer the newest."""
         for position, numbers in self._reports:
             if last is None or position <= last:
-                self._run.report(self._start + position, **numbers)
+                inner = numbers.pop("voter", None)
+                path = voter if inner is None else f"{voter}.{inner}"
+                self._run.report(self._start + position, **numbers, voter=path)
 
 
 def ahead(run: RunView, new: pl.DataFrame, start: int) -> _Ahead:
