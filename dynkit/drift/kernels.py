@@ -323,11 +323,7 @@ def _all_pairs(
     if len(pooled) <= _SMALL_ROWS:
         pooled = pooled.double()  # few permutations are possible, and equal ones must be seen to be equal
     pooled = pooled - pooled.mean(0)  # small numbers keep their digits in the product
-    norms = pooled.square().sum(1)
-    square = torch.addmm(norms[:, None] + norms, pooled, pooled.T, alpha=-2)
-    rounding = 8 * torch.finfo(pooled.dtype).eps * float(norms.max())
-    torch.threshold_(square, rounding, 0)  # equal samples are at distance 0
-    pairs = kernel(square.fill_diagonal_(0)).fill_diagonal_(0)
+    pairs = kernel(squares(pooled, pooled).fill_diagonal_(0)).fill_diagonal_(0)
     z = memberships(n, m, permutations, rng).to(pairs)
     row_sums = pairs.sum(1, dtype=torch.float64)
     within_x = ((z @ pairs) * z).sum(1, dtype=torch.float64)
