@@ -28,8 +28,8 @@ class Workspace:
     path : path or None
         Made when missing; None means ``$DYNKIT_WORKSPACE``, else ``./dynkit-workspace``. It must be on a local disk.
     storage : str or None
-        URL of an S3-protocol bucket, such as ``s3://bucket/prefix``, to keep the samples in (``pip install
-        'dynkit[s3]'``; keys, region and endpoint from the usual ``AWS_*`` variables); catalog, models and a read cache
+        URL of an S3-protocol bucket, such as ``s3://bucket/prefix``, to keep samples and models in (``pip install
+        'dynkit[s3]'``; keys, region and endpoint from the usual ``AWS_*`` variables); the catalog and a read cache
         stay in the directory. Given once: the workspace remembers it.
 
     Raises

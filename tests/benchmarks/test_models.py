@@ -26,11 +26,7 @@ from dynkit.models.reading import Reader
 pytestmark = pytest.mark.timeout(7200)  # the standard tier trains some 200 models
 
 TIER = os.environ.get("DYNKIT_BENCH", "smoke")
-LEAST = {  # of the standard tier: lossless, guarded
-    "B2 versions, fp32": (1.7, 12.0),
-    "B2 versions, bf16": (3.5, None),
-    "B5 shared backbone": (6.0, 10.0),
-}
+LEAST = {"B5 shared backbone": (6.0, 10.0)}  # of the standard tier: lossless, guarded
 
 
 @pytest.fixture(autouse=True)
@@ -137,7 +133,7 @@ def test_lossy_sizes(tmp_path: Path) -> None:
             flush=True,
         )
         assert plain.stats().stored_bytes < theirs
-        if TIER == "standard" and name in LEAST and LEAST[name][1] is not None:
+        if TIER == "standard" and name in LEAST:
             assert ratio > LEAST[name][1]
 
 
