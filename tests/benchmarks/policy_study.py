@@ -22,7 +22,8 @@ ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "policy-study.md"
 SEEDS = [0, 1, 2]
 JOBS = 2
-LOOKS = 20  # of a stream
+LOOKS = 20  # of a stream, of triggers
+TRAININGS = 5  # of a stream, of selections
 
 
 def streams(axis: str) -> list[dk.streams.Stream]:
@@ -108,7 +109,7 @@ def studied(axis: str, ws: dk.Workspace) -> str:
     for stream in streams(axis):
         values = triggers_of(len(stream)) if axis == "trigger" else SELECTIONS
         old = dk.selection.Random(n=len(stream) // LOOKS)
-        fixed: dict[str, Any] = {"trigger": Amount(len(stream) // LOOKS)}
+        fixed: dict[str, Any] = {"trigger": Amount(len(stream) // TRAININGS)}
         if axis == "trigger":  # new samples and as many old ones, from the weights before
             fixed = {"selection": dk.selection.Replay(new=dk.selection.New(), old=old)}
         pipeline = stream.pipeline(ws, name=f"{axis}-{stream.name}", **fixed)
@@ -125,7 +126,7 @@ def main() -> None:
     torch.set_num_threads(1)  # of each run; several go at a time
     ws = dk.Workspace(ROOT / "build" / "study")
     page = PAGE.read_text()
-    for axis in ("trigger", "selection"):
+    for axis in sys.argv[1:] or ("trigger", "selection"):
         table = f"<!-- {axis}s -->\n{studied(axis, ws)}\n<!-- end -->"
         page = re.sub(rf"<!-- {axis}s -->.*?<!-- end -->", lambda _, text=table: text, page, flags=re.DOTALL)
         PAGE.write_text(page)
