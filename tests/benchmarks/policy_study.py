@@ -85,7 +85,8 @@ SELECTIONS: dict[str, Any] = {
 def table_of(stream: dk.streams.Stream, sweep: Sweep, axis: str) -> pl.DataFrame:
     """Mean and spread over seeds of the composite score, and what it cost."""
     metric = stream.metrics[0]
-    frame = sweep.frame().filter(metric=metric)
+    # a selection is judged by the model that learned from a window's past, a trigger by the one that was in use
+    frame = sweep.frame("trained" if axis == "selection" else "active").filter(metric=metric)
     grouped = frame.group_by(axis, maintain_order=True).agg(
         pl.col("mean").mean().alias("score"),
         (pl.col("mean").max() - pl.col("mean").min()).alias("spread"),
