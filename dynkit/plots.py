@@ -180,7 +180,7 @@ def decisions(frame: pl.DataFrame) -> Figure:
     Parameters
     ----------
     frame : pl.DataFrame
-        As `Run.decisions`. Of several triggers each has a chart of its own.
+        As `Run.decisions`. Of several triggers each has a chart of its own; where p-values decided, they are drawn.
     """
     seen = frame.filter(pl.col("score").is_not_null())
     if not seen.height:
@@ -189,13 +189,18 @@ def decisions(frame: pl.DataFrame) -> Figure:
     who = [name for name in ("voter", "trigger", "metric") if name in seen.columns]
     for key, some in seen.group_by(who, maintain_order=True):
         trigger = " ".join(str(part) for part in key if part is not None)
+        what = "score"
+        if "p_value" in some.columns and some["p_value"].null_count() == 0:
+            what, some = "p-value", some.with_columns(score="p_value")
         data = _rows(some.select("timestamp", "score", "threshold", "fired"))
         axis = _time_axis(some["timestamp"])
         base = alt.Chart(data, width=_WIDTH, height=180).encode(
             x=alt.X("timestamp:T", title=None, scale=alt.Scale(type="utc"), axis=axis),
             tooltip=["timestamp:T", alt.Tooltip("score:Q", format=".4g"), alt.Tooltip("threshold:Q", format=".4g")],
         )
-        line = base.mark_line(color=_COLOURS[0]).encode(y=alt.Y("score:Q", title=f"{trigger}: score"))
+        line = base.mark_line(color=_COLOURS[0]).encode(
+            y=alt.Y("score:Q", title=f"{trigger}: {what}", scale=alt.Scale(zero=False))
+        )
         limit = base.mark_line(color="#666", strokeDash=[4, 3], interpolate="step-before").encode(y="threshold:Q")
         fired = base.transform_filter("datum.fired").mark_point(
             filled=True, size=70, shape="triangle-up", color=_COLOURS[3], opacity=1
