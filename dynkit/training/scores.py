@@ -14,7 +14,7 @@ from dynkit.data import Batch
 from dynkit.errors import InvalidInput, TrainingError, did_you_mean
 from dynkit.training.losses import losses, predict
 
-__all__ = ["KINDS", "ScoreKind", "collect", "embeddings", "gradients", "per_sample"]
+__all__ = ["KINDS", "ScoreKind", "collect", "embeddings", "gradients", "per_sample", "probabilities"]
 
 ScoreKind = Literal["loss", "grad_norm", "margin", "least_confidence", "entropy"]
 KINDS: tuple[ScoreKind, ...] = ("loss", "grad_norm", "margin", "least_confidence", "entropy")
@@ -56,7 +56,7 @@ def per_sample(
     if kind == "grad_norm":
         norm: torch.Tensor = torch.linalg.vector_norm(gradients(outputs, labels, loss), dim=1)
         return norm
-    p = _probabilities(outputs)
+    p = probabilities(outputs)
     if kind == "entropy":
         entropy: torch.Tensor = torch.special.entr(p).sum(1)
         return entropy
@@ -85,7 +85,8 @@ def _each(values: torch.Tensor, n: int) -> torch.Tensor:
     return values
 
 
-def _probabilities(outputs: torch.Tensor) -> torch.Tensor:
+def probabilities(outputs: torch.Tensor) -> torch.Tensor:
+    """Probabilities (N, C) of logits; of one output per sample, those of both classes (N, 2)."""
     if outputs.ndim == 1 or outputs.shape[1] == 1:
         p = outputs.reshape(-1).sigmoid()
         return torch.stack([1 - p, p], 1)

@@ -15,6 +15,7 @@ from dynkit.drift import prepared, resolve
 from dynkit.drift.criteria import Criterion, DynamicQuantile, PValue
 from dynkit.errors import InvalidInput, PolicyError, check_whole, did_you_mean
 from dynkit.time import check_duration
+from dynkit.training.scores import probabilities
 from dynkit.triggers.looking import check_looking, looked, newest, since_training, told
 from dynkit.types import DriftMetric, RunView, Trigger
 
@@ -162,9 +163,7 @@ class Drift:
         if self.on == "embedding":
             return run.embed(frame["key"])
         if self.on == "outputs":
-            outputs = run.predict(frame["key"])
-            single = outputs.ndim == 1 or outputs.shape[1] == 1
-            return outputs.reshape(-1, 1).sigmoid() if single else outputs.softmax(1)
+            return probabilities(run.predict(frame["key"]))
         if self.on == "fields":
             fields = {name: value for name, value in run.read(frame["key"]).items() if name != "label"}
             return torch.cat([value.reshape(len(value), -1).float() for value in fields.values()], 1)

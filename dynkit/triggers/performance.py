@@ -13,6 +13,7 @@ from dynkit.drift import estimate_accuracy
 from dynkit.drift.criteria import Criterion, Decision, PValue, Threshold
 from dynkit.errors import InvalidInput, check_whole
 from dynkit.evaluation.metrics import Accuracy, higher_is_better, metric_name, resolve_metric
+from dynkit.training.scores import probabilities
 from dynkit.triggers.looking import check_looking, looked, newest, since_training, told
 from dynkit.types import Metric, RunView, Trigger
 
@@ -156,7 +157,7 @@ class Performance:
         if not known.height:
             return self._measured(seen, run)  # the first look after a training, if its labels are there
         outputs, labels = judged(known, run)
-        return estimate_accuracy(_probabilities(outputs), labels, _probabilities(run.predict(seen["key"]))).estimate
+        return estimate_accuracy(probabilities(outputs), labels, probabilities(run.predict(seen["key"]))).estimate
 
 
 _WINDOW = 20  # scores that a forecast is made from
@@ -210,11 +211,6 @@ def _on_holdout(new: pl.DataFrame, run: RunView, row: int) -> float | None:
     held = seen.filter(pl.Series(run.held_out(seen), dtype=pl.Boolean) & seen["label"].is_not_null())
     outputs, labels = judged(held.tail(_REFERENCE), run)
     return Accuracy()(outputs, labels) if len(labels) else None
-
-
-def _probabilities(outputs: torch.Tensor) -> torch.Tensor:
-    single = outputs.ndim == 1 or outputs.shape[1] == 1
-    return outputs.reshape(-1).double().sigmoid() if single else outputs.double().softmax(1)
 
 
 def forecast(scores: Sequence[float]) -> float:
