@@ -91,7 +91,7 @@ def test_criteria_are_plain_records() -> None:
         "dynamic_quantile",
         "dynamic_rolling_average",
         "dynamic_rolling_average",
-        "pvalue",
+        "p_value",
     ]
     assert json.loads(json.dumps(describe(DynamicQuantile())))["dynamic_quantile"] == {"quantile": 0.05, "window": 10}
 
