@@ -94,7 +94,10 @@ def as_chosen(chosen: object, epochs: int) -> pl.DataFrame:
         keys = given["key"]
         if len(keys) and not keys.dtype.is_integer():
             hint = "; return pool.filter(mask)['key']" if keys.dtype == pl.Boolean else ""
-            raise PolicyError(f"the selection returned keys of type {keys.dtype}; they must be whole numbers{hint}")
+            raise PolicyError(
+                "the selection must return keys or a frame with columns key and weight; "
+                f"its keys are {keys.dtype}, not whole numbers{hint}"
+            )
         columns = [keys.cast(pl.Int64).rename("key")]
         for name, dtype in (("weight", pl.Float32), ("epoch", pl.Int64), ("score", pl.Float64)):
             if name in given.columns:

@@ -227,7 +227,7 @@ def test_class_balanced_says_that_it_needs_labels() -> None:
     ("chosen", "message"),
     [
         (lambda pool: pool["key"] > 10, r"return pool.filter\(mask\)"),
-        (lambda pool: pool["key"] + 0.5, "must be whole numbers"),
+        (lambda pool: pool["key"] + 0.5, "not whole numbers"),
         (lambda pool: pool.select("key", weight=pl.lit("a")), "must return keys or a frame"),
         (lambda pool: pool.select("key", epoch=pl.lit(3)), "from 0 to 0"),
     ],

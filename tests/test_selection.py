@@ -317,7 +317,7 @@ def test_the_view_tells_which_trigger_saw_a_sample_first(ws: dk.Workspace) -> No
     [
         ("{where: {expression: 'label = 1', then: {random: {n: 50}}}}", [50] * 6),
         ("{replay: {old: {reservoir: {n: 40}}, new: {loss: {fraction: 0.1}}}}", [50] + [90] * 5),
-        ("{schedule: [[0, all], [2, {kcenter: {n: 30}}], [4, {rho_loss: {n: 20}}]]}", [500, 1000, 30, 30, 20, 20]),
+        ("{schedule: [[0, all], [2, {k_center: {n: 30}}], [4, {rho_loss: {n: 20}}]]}", [500, 1000, 30, 30, 20, 20]),
         ("{new: {then: {craig: {fraction: 0.1}}}}", [50] * 6),
         ("{new: {then: {log_determinant: {n: 20, optimizer: naive}}}}", [20] * 6),
         ("{random_without_reuse: 0.5}", [250, 500, 750, 1000, 1250, 1500]),

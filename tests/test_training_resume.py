@@ -189,7 +189,7 @@ def test_a_process_killed_within_trainings_ends_in_the_same_models(dataset: dk.D
         run.resume()
     assert run.wait(120) == "finished", run.error
     assert models(run) == models(undisturbed)
-    assert sum(batches) < passes.stat().st_size < sum(batches) + 40  # few were done twice
+    assert sum(batches) <= passes.stat().st_size < sum(batches) + 40  # few were done twice, if any
     assert files(run) == files(undisturbed) == ["000001.optimizer"]
 
 

@@ -120,8 +120,11 @@ class Shelf:
     def orphans(self, grace_s: float) -> list[str]:
         """Files that are in no catalog and that no writer can be about to commit; in a bucket, for a day at least."""
         old = time.time() - grace_s
-        candidates = [path.name for path in self.folder.glob("*.pack") if path.stat().st_mtime <= old]
-        candidates += [path.name for path in self.folder.glob(".*.pack") if path.stat().st_mtime <= old]
+        candidates = []
+        for path in [*self.folder.glob("*.pack"), *self.folder.glob(".*.pack")]:
+            with contextlib.suppress(FileNotFoundError):  # its writer has just published it, or another process removed it
+                if path.stat().st_mtime <= old:
+                    candidates.append(path.name)
         known = set(self.sizes())
         if self._remote is not None:
             with storage_errors("cannot list model tensors"):
