@@ -122,7 +122,7 @@ class Shelf:
         old = time.time() - grace_s
         candidates = []
         for path in [*self.folder.glob("*.pack"), *self.folder.glob(".*.pack")]:
-            with contextlib.suppress(FileNotFoundError):  # its writer has just published it, or another process removed it
+            with contextlib.suppress(FileNotFoundError):  # published or removed by another process
                 if path.stat().st_mtime <= old:
                     candidates.append(path.name)
         known = set(self.sizes())
