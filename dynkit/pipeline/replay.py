@@ -12,6 +12,7 @@ import pickle
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -214,9 +215,13 @@ class _Loop:
 
     def _training(self, index: int, selection: str) -> str:
         """Identity of a training: equal ones give equal models."""
-        pipeline = self.pipeline
-        about = (pipeline.dataset.name, self.stream.number, selection, self._parent(), seed_of(pipeline, index))
-        return digest([*about, pipeline.model, pipeline.training])
+        dataset, seed = self.pipeline.dataset.name, seed_of(self.pipeline, index)
+        return digest([dataset, self.stream.number, selection, self._parent(), seed, self._recipe])
+
+    @cached_property
+    def _recipe(self) -> str:
+        """Identity of model and settings, which may be much to hash: a module counts with its weights."""
+        return digest([self.pipeline.model, self.pipeline.training])
 
     def _alone(self, training: str) -> AbstractContextManager[None]:
         """Keep other runs that want the same from training it a second time."""
@@ -334,8 +339,10 @@ def _instructions(chosen: Any, pool: pl.DataFrame) -> Any:
     if not isinstance(chosen, pl.DataFrame) or "key" not in chosen.columns:
         return chosen
     own = [name for name in ("epoch", "score") if name in pool.columns and name in chosen.columns]
+    if not own:
+        return chosen
     same = chosen.select("key", *own).equals(chosen.select("key").join(pool, on="key", how="left").select("key", *own))
-    return chosen.drop(own) if own and same else chosen
+    return chosen.drop(own) if same else chosen
 
 
 def _pickled(policy: Any) -> bytes:

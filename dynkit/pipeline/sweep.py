@@ -42,7 +42,8 @@ def sweep(pipeline: Pipeline, *, jobs: int = 1, **grid: Any) -> "Sweep":
     Returns
     -------
     Sweep
-        At once; the runs go on in the background, and end with the kernel that started them.
+        At once; the runs go on in the background. Those that have begun survive the kernel, as any run does; the others
+        begin when the same cell runs again.
 
     Raises
     ------

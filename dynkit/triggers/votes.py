@@ -18,7 +18,7 @@ from dynkit.policies import as_positions, as_trigger
 from dynkit.time import to_datetime
 from dynkit.types import RunView, Trigger
 
-__all__ = ["AtLeast", "ahead", "all_of", "any_of", "at_least", "majority"]
+__all__ = ["AtLeast", "all_of", "any_of", "at_least", "majority"]
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class AtLeast:
         while start < new.height:
             rest = new.slice(start)
             before = copy.deepcopy(self.triggers)  # each may look further than the row at which all of them fire
-            views = [ahead(run, new, start) for _ in self.triggers]
+            views = [_Ahead(run, new, start) for _ in self.triggers]
             fired = self._first(rest, [cast(RunView, view) for view in views], least)
             for i, view in enumerate(views):
                 view.forward(fired, str(i))
@@ -62,7 +62,7 @@ class AtLeast:
                 cast(list[Trigger], self.triggers)[:] = before
                 head = rest.head(fired + 1)
                 for trigger in self.triggers if head.height else ():  # up to here again, and no further
-                    list(as_positions(trigger(head, cast(RunView, ahead(run, new, start))), head.height))
+                    list(as_positions(trigger(head, cast(RunView, _Ahead(run, new, start))), head.height))
             self._voted.clear()
             yield start + fired
             start += fired + 1
@@ -149,8 +149,3 @@ class _Ahead:
                 inner = numbers.pop("voter", None)
                 path = voter if inner is None else f"{voter}.{inner}"
                 self._run.report(self._start + position, **numbers, voter=path)
-
-
-def ahead(run: RunView, new: pl.DataFrame, start: int) -> _Ahead:
-    """Return the view of `run` that a trigger has which is asked about ``new[start:]``."""
-    return _Ahead(run, new, start)
