@@ -67,8 +67,9 @@ $(VENV)/bench: $(VENV)/dev $(SETUP)
 	$(PIP) install --constraint constraints.txt --editable ".[bench]"
 	@touch $@
 
+# Memory is kept between steps of a training, as in a run's worker (dynkit/pipeline/spawn.py).
 bench: $(VENV)/bench
-	$(BIN)/python -m pytest tests/benchmarks --benchmark-enable --benchmark-disable-gc -s -q --override-ini addopts=
+	MALLOC_TRIM_THRESHOLD_=4294967296 MALLOC_MMAP_THRESHOLD_=33554432 $(BIN)/python -m pytest tests/benchmarks --benchmark-enable --benchmark-disable-gc -s -q --override-ini addopts=
 
 study: $(VENV)/dev
 	$(BIN)/python tests/benchmarks/policy_study.py

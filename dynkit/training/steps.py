@@ -20,6 +20,7 @@ from dynkit.data.batches import length_of, take_batch
 from dynkit.errors import PolicyError, TrainingError
 from dynkit.training.losses import predict
 from dynkit.training.optimizers import make_optimizers, make_schedulers, step_schedulers
+from dynkit.training.reuse import Kept, Recorded
 from dynkit.training.scores import per_sample
 from dynkit.training.settings import Training
 from dynkit.types import BatchSelection
@@ -76,15 +77,23 @@ class Steps:
     def __call__(self, batches: list[Batch]) -> torch.Tensor:
         """Take one step on some batches; return their mean loss (this process's part of it), on the device."""
         training = self._context.training
+        again: AbstractContextManager[Any] = nullcontext()
         if training.batch_selection is not None:
-            batches = [self._chosen(batch, training.batch_selection) for batch in batches]
+            # Several batches that wait for their step would all be in memory: then nothing is kept for the second pass.
+            recorded = Recorded() if len(batches) == 1 and not training.compile else None
+            chosen = [self._chosen(batch, training.batch_selection, recorded) for batch in batches]
+            if recorded is not None:
+                again = Kept(recorded, chosen[0][1], length_of(batches[0]))
+            batches = [batch for batch, _ in chosen]
         for optimizer in self._optimizers:
             optimizer.zero_grad(set_to_none=True)
         losses = []
         for batch, share in zip(batches, self._shares(batches), strict=True):
             with self._apart(batch is not batches[-1]):
                 with self._autocast():
-                    loss = self._context.loss(predict(self._forward, batch), batch)
+                    with again:
+                        outputs = predict(self._forward, batch)
+                    loss = self._context.loss(outputs, batch)
                 if share is not None:
                     loss = loss * share
                 self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]  # torch has no types here
@@ -101,10 +110,10 @@ class Steps:
             self._average.update_parameters(self._model)
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
-    def _chosen(self, batch: Batch, selection: BatchSelection) -> Batch:
-        """Score a batch as the model is, and keep what the selection chooses."""
+    def _chosen(self, batch: Batch, selection: BatchSelection, recorded: Recorded | None) -> tuple[Batch, torch.Tensor]:
+        """Score a batch as the model is; return what the selection keeps, and which rows these are."""
         self._model.eval()
-        with torch.no_grad(), self._autocast():
+        with torch.no_grad(), self._autocast(), recorded or nullcontext():
             outputs = predict(self._model, batch)
         self._model.train()
         scores = per_sample(selection.kind, outputs, batch["label"], self._context.training.loss)
@@ -120,7 +129,7 @@ class Steps:
         if weights is not None:
             chosen["weight"] = chosen["weight"] * weights if "weight" in chosen else weights
         self.kept += len(rows)
-        return chosen
+        return chosen, rows
 
     def _autocast(self) -> torch.autocast:
         enabled = bool(self._context.training.amp)
