@@ -29,6 +29,7 @@ _CACHED_PAIRS = 1 << 17  # of one block on a CPU
 _PAIRS = 1 << 24  # of a block of the matrix of all pairs
 _CHUNKS = 1_000  # of one set, permuted as wholes
 _FEATURES = 1_024
+_ROUNDING = 8  # of a squared distance, in units of the norms' last place
 
 
 @dataclass(frozen=True)
@@ -270,35 +271,31 @@ def squares(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     step = max(1, _PAIRS // square[..., 0, :].numel())
     for part, norms in zip(torch.split(square, step, -2), torch.split(norms_x, step, -1), strict=True):
         together = norms[..., :, None] + norms_y[..., None, :]
-        _without_rounding(part.mul_(-2).add_(together), together)
+        part.mul_(-2).add_(together)
+        part.masked_fill_(part < together.mul_(_ROUNDING * torch.finfo(part.dtype).eps), 0)
     return square
-
-
-def _without_rounding(square: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
-    """Make squared distances 0, in place, that are no more than what rounding leaves of two equal rows."""
-    return square.masked_fill_(square < norms.mul_(8 * torch.finfo(square.dtype).eps), 0)
 
 
 def _mean_pairs(x: torch.Tensor, y: torch.Tensor, kernel: Kernel, itself: int) -> float:
     """Mean kernel of pairs of rows, block by block; `itself` is 1 to leave out each sample's pair with itself.
 
     A block of squared distances is one product, ``[-2 x, |x|^2, 1] [y, 1, |y|^2]^T``, into memory that is used again
-    and stays in the processor's cache: ten times as fast as all pairs at once.
+    and stays in the processor's cache: ten times as fast as all pairs at once. The norms are shortened by what rounding
+    can add, so that of two equal rows nothing above 0 is left.
     """
     if len(x) <= _SMALL_ROWS:
         x, y = x.double(), y.double()
     center = x.mean(0)
     x, y = x - center, y - center
     norms_x, norms_y = x.square().sum(1, keepdim=True), y.square().sum(1, keepdim=True)
-    left = torch.cat([-2 * x, norms_x, torch.ones_like(norms_x)], 1)
-    right = torch.cat([y, torch.ones_like(norms_y), norms_y], 1).mT.contiguous()
+    short = 1 - _ROUNDING * torch.finfo(x.dtype).eps
+    left = torch.cat([-2 * x, short * norms_x, torch.ones_like(norms_x)], 1)
+    right = torch.cat([y, torch.ones_like(norms_y), short * norms_y], 1).mT.contiguous()
     rows = max(1, (_CACHED_PAIRS if x.device.type == "cpu" else _PAIRS) // len(y))
     memory = x.new_empty(min(rows, len(x)), len(y))
     total = 0.0
-    limits = torch.empty_like(memory)
-    for some, norms in zip(torch.split(left, rows), torch.split(norms_x, rows), strict=True):
-        square = torch.mm(some, right, out=memory[: len(some)])
-        _without_rounding(square, torch.add(norms, norms_y.mT, out=limits[: len(some)]))
+    for some in torch.split(left, rows):
+        square = torch.mm(some, right, out=memory[: len(some)]).clamp_min_(0)
         total += float(kernel(square).sum(dtype=torch.float64))
     return (total - itself * len(x)) / (len(x) * (len(y) - itself))
 
@@ -339,9 +336,10 @@ def median_square(x: torch.Tensor, y: torch.Tensor, rng: np.random.Generator) ->
     share = len(x) / (len(x) + len(y))
     n = min(len(x), max(1, round(share * _BANDWIDTH_ROWS)))
     some = torch.cat([sampled(x, n, rng), sampled(y, max(1, _BANDWIDTH_ROWS - n), rng)])
-    squares = torch.pdist(some.double()).square()
-    different = squares[squares > 0]
-    median = float(different.median()) if len(different) else 1.0
+    distances = torch.pdist(some.double()).cpu().numpy()
+    equal = len(distances) - np.count_nonzero(distances)
+    middle = equal + (len(distances) - equal - 1) // 2
+    median = float(np.partition(distances, middle)[middle]) ** 2 if equal < len(distances) else 1.0
     if not np.isfinite(median):
         raise InvalidInput("the samples are too large to be compared; scale them first")
     return median

@@ -11,7 +11,7 @@ import numpy as np
 import polars as pl
 import torch
 
-from dynkit.drift import prepared, resolve
+from dynkit.drift import Reference, prepared, resolve
 from dynkit.drift.criteria import Criterion, DynamicQuantile, PValue
 from dynkit.errors import InvalidInput, PolicyError, check_whole, did_you_mean
 from dynkit.time import check_duration
@@ -26,6 +26,7 @@ Points = Callable[[pl.DataFrame, RunView], Any]
 _OF_MODEL = ("embedding", "outputs")
 _ON = (*_OF_MODEL, "fields", "columns")
 _LEAST = 2  # samples of a window that can be compared
+_SHARED_BYTES = 256 << 20  # of references that several triggers compare with
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,8 @@ class Drift:
     warmup_looks: int = 0
     seed: int = 0
     _history: list[float] = field(default_factory=list, init=False, repr=False, compare=False)
-    _prepared: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)  # the last reference
+    _prepared: dict[Any, Reference] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _shared: bool = field(default=False, init=False, repr=False, compare=False)  # with others that walk the same stream
     _known: dict[Any, dict[str, float]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -106,14 +108,15 @@ class Drift:
         """Return this trigger with another criterion; what either has compared, the other need not compare again."""
         warmup, on = copy.deepcopy((self.warmup, self.on))  # they may have state
         other = dataclasses.replace(self, criterion=criterion, warmup=warmup, on=on)
-        object.__setattr__(other, "_known", self._known)
+        for name, value in (("_known", self._known), ("_prepared", self._prepared), ("_shared", True)):
+            object.__setattr__(other, name, value)
         return other
 
     def _look(self, new: pl.DataFrame, run: RunView, row: int, warming: bool) -> bool:
         tell = partial(told, run, row, warming, trigger="drift", metric=_name(self.metric))
         seen = run.past.height + row + 1
         since = since_training(run, row)
-        if since == seen or (self.on in _OF_MODEL and run.model is None):
+        if since == seen or (self.on in _OF_MODEL and not run.trained[-1].model):
             return tell(True, reason="nothing to compare with")
         n = _count(new, run, row, self.current, seen if self.overlap else since)
         n_before = _count(new, run, row - since, self.reference, seen - since)
@@ -144,7 +147,7 @@ class Drift:
 
         before = model, spans["reference"]
         if before not in self._prepared:
-            self._prepared.clear()
+            self._make_room()
             self._prepared[before] = prepared(self.metric, points("reference"))
         ready, current = self._prepared[before], points("current")
         if isinstance(self.criterion, PValue):
@@ -154,6 +157,12 @@ class Drift:
         else:
             self._known[about] = {"score": ready.score(current)}
         return self._known[about]
+
+    def _make_room(self) -> None:
+        """Forget references, the oldest first: all of them unless others may ask for them again."""
+        room = _SHARED_BYTES if self._shared else 0
+        while self._prepared and sum(one.samples.nbytes for one in self._prepared.values()) > room:
+            del self._prepared[next(iter(self._prepared))]
 
     def _points(self, frame: pl.DataFrame, run: RunView, seen: int) -> torch.Tensor:
         """Return what is compared of some samples (N, D)."""
