@@ -19,7 +19,7 @@ import polars as pl
 
 from dynkit.errors import InvalidInput, did_you_mean
 
-__all__ = ["Figure", "composite", "cost", "decisions", "matrix"]
+__all__ = ["Figure", "composite", "cost", "decisions", "estimates", "matrix"]
 
 _COLOURS = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000"]
 _WIDTH = 640
@@ -208,6 +208,39 @@ def decisions(frame: pl.DataFrame) -> Figure:
         charts.append(line + limit + fired.encode(y="score:Q"))
     title = "scores that triggers saw, their thresholds (dashed), and where they fired (triangles)"
     return Figure(_styled(alt.vconcat(*charts), title), title)
+
+
+def estimates(frame: pl.DataFrame, curve: pl.DataFrame | None = None) -> Figure:
+    """Accuracy that was estimated without labels, with its 95 % band, beside the true one where labels have come.
+
+    Parameters
+    ----------
+    frame : pl.DataFrame
+        As `Run.decisions` of a run with a trigger ``Performance(labels="estimated")``.
+    curve : pl.DataFrame or None
+        As `Run.composite`: what the model in use really scored in each window.
+    """
+    if "low" not in frame.columns or not (seen := frame.filter(pl.col("low").is_not_null())).height:
+        raise InvalidInput('no trigger has estimated anything; it needs a Performance(labels="estimated")')
+    told = seen.select(pl.col("timestamp").alias("time"), "low", "high", value="score", accuracy=pl.lit("estimated"))
+    parts, names = [told], ["estimated"]
+    if curve is not None:
+        middle = pl.col("window_start") + (pl.col("window_end") - pl.col("window_start")) / 2
+        true = _one_metric(curve, "accuracy")[1].select(middle.alias("time"), "value", accuracy=pl.lit("true"))
+        parts, names = [told, true], ["estimated", "true"]
+    data = pl.concat(parts, how="diagonal_relaxed")
+    x = alt.X("time:T", title=None, scale=alt.Scale(type="utc"), axis=_time_axis(data["time"]))
+    base = alt.Chart(_rows(data), width=_WIDTH, height=240).encode(x=x)
+    band = base.transform_filter("datum.low != null").mark_area(opacity=0.2, color=_COLOURS[0])
+    lines = base.mark_line(strokeWidth=2, point=True).encode(
+        y=alt.Y("value:Q", title="accuracy", scale=alt.Scale(zero=False)),
+        color=alt.Color("accuracy:N", sort=names, scale=alt.Scale(domain=names, range=_COLOURS), title=None),
+        tooltip=["accuracy:N", "time:T", alt.Tooltip("value:Q", format=".3f"), "low:Q", "high:Q"],
+    )
+    title = "accuracy estimated without labels, with its 95 % band" + (
+        ", and the true one" if curve is not None else ""
+    )
+    return Figure(_styled(band.encode(y="low:Q", y2="high:Q") + lines, title), title)
 
 
 def _one_metric(frame: pl.DataFrame, metric: str | None) -> tuple[str, pl.DataFrame]:

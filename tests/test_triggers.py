@@ -287,6 +287,24 @@ def test_estimated_accuracy_needs_no_new_labels(tmp_path) -> None:
     assert min(before) > 0.85 and max(after) < 0.8
     assert told[7]["reason"] == "no labels to judge by"
     assert [trained.position for trained in run.trained][:2] == [500, 3500]
+    seen = run.decisions().drop_nulls("low")
+    assert (
+        seen.height == 5
+        and seen.select((pl.col("low") <= pl.col("score")) & (pl.col("score") <= pl.col("high"))).to_series().all()
+    )
+    assert set(seen["disagree"]) <= {False, True}
+    drawn = dk.plots.estimates(run.decisions(), run.composite())
+    values = {(one["accuracy"], one["value"]) for one in next(iter(drawn.chart.to_dict()["datasets"].values()))}
+    assert {("estimated", score) for score in seen["score"]} < values
+    assert {("true", score) for score in run.composite().filter(metric="accuracy")["value"]} < values
+    drawn.save(tmp_path / "estimates.png")
+
+
+def test_without_estimates_there_is_no_curve_of_them(tmp_path) -> None:
+    dataset = dk.Workspace(tmp_path).ingest("s", make_frame(600), timestamp="when", label="late")
+    run = replayed(make_pipeline(dataset, trigger=Performance(every=200)))
+    with pytest.raises(InvalidInput, match="no trigger has estimated anything"):
+        dk.plots.estimates(run.decisions())
 
 
 # -- what waiting costs -------------------------------------------------------------------------------------------

@@ -116,7 +116,7 @@ class Performance:
         if run.model is None:
             return tell(True, reason="no model yet")
         seen = newest(new, run, row, min(self.every, since_training(run, row)))
-        score = self._estimated(seen, new, run, row) if self.labels == "estimated" else self._measured(seen, run)
+        score, band = self._judged(seen, new, run, row)
         if score is None:
             return tell(False, reason="no labels to judge by")
         samples = seen.height if self.labels == "estimated" else seen["label"].count()
@@ -126,7 +126,7 @@ class Performance:
         del self._history[: -max(getattr(self.criterion, "window", 1), _WINDOW)]
         if coming is not None:
             more["forecast"] = coming
-        return tell(decision.fires, score=score, threshold=decision.threshold, samples=samples, **more)
+        return tell(decision.fires, score=score, threshold=decision.threshold, samples=samples, **band, **more)
 
     def _decide(
         self, score: float, coming: float | None, samples: int, new: pl.DataFrame, run: RunView, row: int
@@ -152,12 +152,18 @@ class Performance:
         score = resolve_metric(self.metric)(outputs, labels)
         return None if score is None or not np.isfinite(score) else float(score)
 
-    def _estimated(self, seen: pl.DataFrame, new: pl.DataFrame, run: RunView, row: int) -> float | None:
-        known = untrained(new, run, row).filter(~pl.col("key").is_in(seen["key"].implode()))
-        if not known.height:
-            return self._measured(seen, run)  # the first look after a training, if its labels are there
-        outputs, labels = judged(known, run)
-        return estimate_accuracy(probabilities(outputs), labels, probabilities(run.predict(seen["key"]))).estimate
+    def _judged(
+        self, seen: pl.DataFrame, new: pl.DataFrame, run: RunView, row: int
+    ) -> tuple[float | None, dict[str, Any]]:
+        """Return how well the newest model does, None without labels; of an estimate, also how sure that is."""
+        if self.labels == "estimated":
+            known = untrained(new, run, row).filter(~pl.col("key").is_in(seen["key"].implode()))
+            if known.height:  # else it is the first look after a training, and its labels may be there
+                outputs, labels = judged(known, run)
+                now = probabilities(run.predict(seen["key"]))
+                found = estimate_accuracy(probabilities(outputs), labels, now)
+                return found.estimate, {"low": found.low, "high": found.high, "disagree": found.disagree}
+        return self._measured(seen, run), {}
 
 
 _WINDOW = 20  # scores that a forecast is made from

@@ -6,6 +6,7 @@ that a second call makes only what is missing.
 
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ TRAININGS = 5  # of a stream, of selections
 def streams(axis: str) -> list[dk.streams.Stream]:
     images = dk.streams.fashion_mnist().frame.head(10_000)
     fashion = clocked("fashion-10k", images["x"].to_numpy(), images["label"].to_numpy())
-    year = [dk.streams.flights()] if axis == "trigger" else []  # a selection at every interval would take an hour
+    year = [] if axis == "selection" else [dk.streams.flights()]  # all selections on it would take an hour
     return [
         *year,
         dk.streams.class_incremental(fashion, stages=5),
@@ -66,6 +67,22 @@ def triggers_of(rows: int) -> dict[str, Any]:
             every=every, criterion=AvoidableMisclassifications(max(1, every // 20))
         ),
     }
+
+
+IN_WINDOWS = ("once", "fixed interval", "half as often", "drift of embeddings, p < 0.01", "drift of samples, p < 0.01")
+
+
+def fixed_of(axis: str, stream: dk.streams.Stream) -> dict[str, Any]:
+    """What all policies of a table have in common."""
+    every = len(stream) // LOOKS
+    if axis == "trigger":  # new samples and as many old ones as one interval has, from the weights before
+        return {"selection": dk.selection.Replay(new=dk.selection.New(), old=dk.selection.Random(n=every))}
+    if axis == "window":  # the newest samples, until a fresh model has learned them
+        return {
+            "selection": dk.selection.Recent(n=every),
+            "training": replace(stream.training, warm_start=False, epochs=3 * stream.training.epochs),
+        }
+    return {"trigger": Amount(len(stream) // TRAININGS)}
 
 
 SELECTIONS: dict[str, Any] = {
@@ -106,28 +123,26 @@ def markdown(frame: pl.DataFrame, axis: str) -> str:
 
 
 def studied(axis: str, ws: dk.Workspace) -> str:
-    tables = []
+    tables, varied = [], "selection" if axis == "selection" else "trigger"
     for stream in streams(axis):
-        values = triggers_of(len(stream)) if axis == "trigger" else SELECTIONS
-        old = dk.selection.Random(n=len(stream) // LOOKS)
-        fixed: dict[str, Any] = {"trigger": Amount(len(stream) // TRAININGS)}
-        if axis == "trigger":  # new samples and as many old ones, from the weights before
-            fixed = {"selection": dk.selection.Replay(new=dk.selection.New(), old=old)}
-        pipeline = stream.pipeline(ws, name=f"{axis}-{stream.name}", **fixed)
-        sweep = dk.sweep(pipeline, jobs=JOBS, **{axis: values}, seed=SEEDS).wait()
+        values = SELECTIONS if axis == "selection" else triggers_of(len(stream))
+        if axis == "window":
+            values = {name: values[name] for name in IN_WINDOWS}
+        pipeline = stream.pipeline(ws, name=f"{axis}-{stream.name}", **fixed_of(axis, stream))
+        sweep = dk.sweep(pipeline, jobs=JOBS, **{varied: values}, seed=SEEDS).wait()
         for run in sweep.runs:
             if run.status != "finished":
                 sys.exit(f"{stream.name}: run {run.id} {run.status}: {run.reason}")
-        tables.append(table_of(stream, sweep, axis))
-        print(markdown(tables[-1], axis), flush=True)
-    return markdown(pl.concat(tables), axis)
+        tables.append(table_of(stream, sweep, varied))
+        print(markdown(tables[-1], varied), flush=True)
+    return markdown(pl.concat(tables), varied)
 
 
 def main() -> None:
     torch.set_num_threads(1)  # of each run; several go at a time
     ws = dk.Workspace(ROOT / "build" / "study")
     page = PAGE.read_text()
-    for axis in sys.argv[1:] or ("trigger", "selection"):
+    for axis in sys.argv[1:] or ("trigger", "window", "selection"):
         table = f"<!-- {axis}s -->\n{studied(axis, ws)}\n<!-- end -->"
         page = re.sub(rf"<!-- {axis}s -->.*?<!-- end -->", lambda _, text=table: text, page, flags=re.DOTALL)
         PAGE.write_text(page)
