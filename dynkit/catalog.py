@@ -380,6 +380,16 @@ class Catalog:
         if busy:
             raise StorageError(f"somebody is reading the catalog {self.root / _FILE}, so its log keeps deleted rows")
 
+    def copy(self, path: Path) -> None:
+        """Write all that is committed into a file of its own, without what was deleted."""
+        raw = self._engine.raw_connection()
+        try:
+            raw.cursor().execute("VACUUM INTO ?", (str(path),)).close()
+        except sqlite3.Error as error:
+            raise StorageError(f"the catalog {self.root / _FILE} cannot be copied to {path}: {error}") from error
+        finally:
+            raw.close()
+
     def close(self) -> None:
         """Close all connections; the catalog opens new ones when used again."""
         self._engine.dispose()

@@ -12,6 +12,7 @@ from dynkit import catalog as tables
 from dynkit.catalog import Catalog
 from dynkit.data import Dataset, create, ingest
 from dynkit.lineage import Lineage
+from dynkit.lineage.remotes import check
 from dynkit.models import ModelStore
 from dynkit.pipeline import Pipeline, Run, Runs
 from dynkit.pipeline.recipe import Recipe
@@ -56,14 +57,14 @@ class Workspace:
 
         Parameters
         ----------
-        source : path
-            Directory of a workspace.
+        source : path or str
+            Directory of a workspace, or the URL of one in a bucket, such as ``"s3://bucket/prefix"``.
         path : path
             Of the new one.
         """
-        Catalog.existing(source)
+        check(source)
         new = cls(path)
-        new.lineage.add_remote("origin", Path(source))
+        new.lineage.add_remote("origin", source)
         new.lineage.pull("origin")
         return new
 
