@@ -394,10 +394,12 @@ def pull(remote: str, models: tuple[str, ...], workspace: Path | None) -> None:
 @main.command()
 @click.argument("source")
 @click.argument("path", type=click.Path(path_type=Path))
-def clone(source: str, path: Path) -> None:
+@click.option("--storage", help="s3://bucket/prefix to keep its samples and models in.")
+@click.option("--catalog", help="postgresql://user@host/database to keep its catalog in.")
+def clone(source: str, path: Path, storage: str | None, catalog: str | None) -> None:
     """Make a workspace at PATH with all models of the one at SOURCE, a directory or s3://bucket/prefix."""
     with _told():
-        _say(repr(dk.Workspace.clone(source, path).lineage.log(10)))
+        _say(repr(dk.Workspace.clone(source, path, storage=storage, catalog=catalog).lineage.log(10)))
 
 
 @main.command()

@@ -9,6 +9,7 @@ between, the push starts over on theirs. Before its catalog is there, nobody see
 packs without a catalog, which a later push removes.
 """
 
+import sqlite3
 import tempfile
 import time
 from collections.abc import Iterator
@@ -112,7 +113,7 @@ class Bucket:
         if not last and started_s - self._saved_s < self._worth * self._took_s:
             return False
         draft = catalog.root / f"{_FILE}.out"
-        catalog.copy(draft)
+        _copy(catalog.root / _FILE, draft)
         with storage_errors(f"cannot write to {self.url}"):
             tag = self._remote.swap(_FILE, draft, self._tag)
         draft.unlink()
@@ -127,3 +128,14 @@ class Bucket:
         """Remove the packs of pushes that did not come to their end, once nobody can be at work on them."""
         shelf = Shelf(catalog)
         shelf.discard(shelf.orphans(_ORPHAN_AGE_S))
+
+
+def _copy(file: Path, draft: Path) -> None:
+    """Copy what is committed into a file that is complete in itself, without what was deleted."""
+    connection = sqlite3.connect(file)
+    try:
+        connection.execute("VACUUM INTO ?", (str(draft),))
+    except sqlite3.Error as error:
+        raise StorageError(f"the catalog {file} cannot be copied to {draft}: {error}") from error
+    finally:
+        connection.close()

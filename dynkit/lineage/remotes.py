@@ -20,7 +20,20 @@ from typing import Any
 import sqlalchemy as sa
 import torch
 
-from dynkit.catalog import Catalog, edges, models, names, notes, origins, remotes, results, tensors, tests
+from dynkit.catalog import (
+    Catalog,
+    edges,
+    insert_missing,
+    models,
+    names,
+    notes,
+    origins,
+    remotes,
+    results,
+    tensors,
+    tests,
+    upsert,
+)
 from dynkit.errors import Conflict, InvalidInput, NotFound, StorageError, did_you_mean
 from dynkit.lineage.buckets import Bucket, OvertakenError, is_url
 from dynkit.lineage.display import Shown, bytes_text, short, watched
@@ -91,7 +104,7 @@ def add_remote(catalog: Catalog, name: str, location: str | PathLike[str]) -> No
         raise InvalidInput(f"remote name {name!r} must be text without '/', such as 'origin'")
     url = Bucket(str(location)).url if is_url(location) else str(Catalog.existing(location).root)
     with catalog.write() as connection:
-        connection.execute(sa.insert(remotes).prefix_with("OR REPLACE"), {"name": name, "url": url})
+        upsert(connection, remotes, {"name": name, "url": url})
 
 
 def check(location: str | PathLike[str]) -> None:
@@ -174,7 +187,7 @@ class _Job:
 
 def _transfer(source: Catalog, target: Catalog, job: _Job, save: Callable[[], None] = lambda: None) -> Transfer:
     """Copy models with all they come from, and unite the graphs; after each model, `save`."""
-    if source.root == target.root:
+    if source.where == target.where:
         raise Conflict(f"{source.root} is this workspace itself")
     here, there = ModelStore(source), ModelStore(target)
     with source.read() as connection:
@@ -272,13 +285,9 @@ def _write(connection: sa.Connection, facts: _Facts) -> int:
     ends = {row[end] for row in facts.edges for end in ("parent", "child")}
     some = models.c.id.in_(ends) if len(ends) <= _FEW else sa.true()
     there = set(connection.scalars(sa.select(models.c.id).where(some)))
-    new = 0
-    for row in facts.edges:
-        if row["parent"] in there and row["child"] in there:
-            new += connection.execute(sa.insert(edges).prefix_with("OR IGNORE"), row).rowcount
-    for table, rows in ((notes, facts.notes), (results, facts.results)):
-        if rows:
-            connection.execute(sa.insert(table).prefix_with("OR IGNORE"), rows)
+    new = insert_missing(connection, edges, [row for row in facts.edges if {row["parent"], row["child"]} <= there])
+    insert_missing(connection, notes, facts.notes)
+    insert_missing(connection, results, facts.results)
     known = {_key(form) for one in origins_of(connection, set(facts.ages)) for form in (one, _told(one))}
     for one, code in facts.origins:
         told = _told(one)
@@ -305,8 +314,7 @@ def _copy_tests(connection: sa.Connection, source: Catalog) -> None:
     """Take over tests whose names are free."""
     with source.read() as other:
         rows = [row._asdict() for row in other.execute(sa.select(tests))]
-    if rows:
-        connection.execute(sa.insert(tests).prefix_with("OR IGNORE"), rows)
+    insert_missing(connection, tests, rows)
 
 
 def _move_names(
@@ -319,7 +327,7 @@ def _move_names(
 
     def give(name: str, model: str) -> None:
         row = {"name": name, "model": model, "changed_ns": time.time_ns()}
-        connection.execute(sa.insert(names).prefix_with("OR REPLACE"), row)
+        upsert(connection, names, row)
 
     for name, model in offered.items():
         if prefix is not None and holders.get(f"{prefix}/{name}") != model:
