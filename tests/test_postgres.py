@@ -20,6 +20,7 @@ from test_lineage import (  # noqa: F401
     test_a_name_moves_only_from_the_model_that_one_has_seen,
     test_a_run_leaves_its_whole_provenance,
     test_search_finds_the_models_of_a_run_and_of_a_dataset,
+    test_the_common_ancestor_is_the_lowest_one,
     test_the_graph_is_exported,
     test_what_people_bring_gets_its_place_name_tags_and_note,
 )
@@ -126,6 +127,15 @@ def test_directories_on_one_database_and_bucket_are_one_workspace(
     seen = a.run(run.id)
     assert seen.composite().equals(run.composite())
     assert a.models.load(seen.trained[-1].model).keys() == b.models.load(run.trained[-1].model).keys()
+    elsewhere = "are not in .*; do this in the directory where it was started"
+    with pytest.raises(StorageError, match=elsewhere):
+        a.lineage.erase(a.dataset("stream").keys()[:1])
+    cancelled = make_pipeline(b.dataset("stream"), name="cancelled").start().cancel()
+    cancelled.wait(60)
+    with pytest.raises(StorageError, match=elsewhere):
+        a.run(cancelled.id).resume()
+    assert b.run(cancelled.id).resume().wait(60) == "finished"
+    assert b.lineage.erase(a.dataset("stream").keys()[:1], dry_run=False).done
 
 
 def test_who_looks_after_packs_is_alone(ws: dk.Workspace, tmp_path: Path) -> None:

@@ -285,7 +285,7 @@ class Owner:
 
     def _change(self, before: str, after: str) -> None:
         with self.catalog.write() as connection:
-            self._update(connection, status=after)
+            self._update(connection, status=after, progress=self._timed())
             insert_event(connection, self.run, {"paused": "paused", "running": "continued"}[after], {"was": before})
 
     def _beat(self) -> None:
