@@ -138,6 +138,23 @@ def test_directories_on_one_database_and_bucket_are_one_workspace(
     assert b.lineage.erase(a.dataset("stream").keys()[:1], dry_run=False).done
 
 
+def test_schemas_of_one_database_are_workspaces_of_their_own(database: str, tmp_path: Path) -> None:  # noqa: F811
+    with psycopg.connect(database, autocommit=True) as connection:
+        connection.execute("CREATE SCHEMA one; CREATE SCHEMA two")
+    one, two, rest = (
+        dk.Workspace(tmp_path / name, catalog=database + option)
+        for name, option in (
+            ("one", "&options=-csearch_path%3Done"),
+            ("two", "&options=-csearch_path%3Dtwo"),
+            ("rest", ""),
+        )
+    )
+    one.models.put({"w": torch.zeros(3)})
+    one.catalog.scrub()
+    assert (len(one.models), len(two.models), len(rest.models)) == (1, 0, 0)
+    assert len(dk.Workspace(one.path).models) == 1
+
+
 def test_who_looks_after_packs_is_alone(ws: dk.Workspace, tmp_path: Path) -> None:
     order: list[str] = []
 
@@ -241,6 +258,24 @@ def test_bytes_of_deleted_rows_are_gone_from_the_servers_files(ws: dk.Workspace,
         assert not found()
 
 
+def test_who_may_not_write_the_tables_anew_is_told(
+    ws: dk.Workspace,
+    postgres: str,  # noqa: F811
+    database: str,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    user = database.partition("?")[0].rpartition("/")[2].replace("test_", "user_")
+    with psycopg.connect(database, autocommit=True) as connection:
+        connection.execute(
+            f"CREATE ROLE {user} LOGIN; GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public TO {user}"
+        )
+    (tmp_path / "guest").mkdir()
+    (tmp_path / "guest/catalog.url").write_text(database.replace("postgres:@", f"{user}@"))
+    guest = dk.Workspace(tmp_path / "guest")
+    with pytest.raises(StorageError, match=r"was not written anew: .*vacuum"):
+        guest.catalog.scrub()
+
+
 def test_scrubbing_waits_for_readers_that_may_still_see_what_was_deleted(ws: dk.Workspace) -> None:
     model = ws.lineage.add(big(0), note="deleted")
     done: list[float] = []
@@ -265,7 +300,7 @@ def test_scrubbing_waits_for_readers_that_may_still_see_what_was_deleted(ws: dk.
 def test_what_goes_wrong_is_told(database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     with pytest.raises(InvalidInput, match="PGPASSWORD") as caught:
         dk.Workspace(tmp_path / "a", catalog="postgresql://me:hush@host:5/db?password=hush2&sslmode=require")
-    assert "hush@" not in str(caught.value) and "'postgresql://me@host:5/db?sslmode=require'" in str(caught.value)
+    assert "hush" not in str(caught.value) and "'postgresql://me@host:5/db?sslmode=require'" in str(caught.value)
     for wrong in ("mysql://host/db", "nonsense", "postgresql://host", "postgresql://me:hush@host:x/db"):
         with pytest.raises(InvalidInput, match="must be like 'postgresql://user@host/database'") as caught:
             dk.Workspace(tmp_path / "a", catalog=wrong)

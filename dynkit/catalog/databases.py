@@ -9,10 +9,11 @@ lives as long as its transaction, so that a process may fork, or be killed, at a
 """
 
 import fcntl
+import re
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -136,11 +137,12 @@ class PostgreSQL:
         except (sa.exc.ArgumentError, ValueError):
             parsed = None
         if parsed is None or parsed.get_backend_name() != "postgresql" or not parsed.database:
-            raise InvalidInput(f"catalog={_veiled(self.url)!r} must be like 'postgresql://user@host/database'")
+            veiled = re.sub(r":[^:/]*@", ":***@", self.url)
+            raise InvalidInput(f"catalog={veiled!r} must be like 'postgresql://user@host/database'")
         if parsed.password or "password" in parsed.query:
             raise InvalidInput(
-                f"catalog={_veiled(self.url)!r} has a password, which would stay in the notebook and the workspace; "
-                f"write it into ~/.pgpass or $PGPASSWORD, and give {_shown(parsed)!r}"
+                "the catalog's URL has a password, which would stay in the notebook and the workspace; write it into "
+                f"~/.pgpass or $PGPASSWORD, and give catalog={_without_password(parsed)!r}"
             )
         try:
             import psycopg  # noqa: F401
@@ -166,40 +168,38 @@ class PostgreSQL:
     def scrub(self, engine: sa.Engine, tables: Iterable[str]) -> None:
         """See `Database`; what the server's log and backups keep is in the hands of who runs it."""
         refused: list[str] = []
-        try:
-            with _autocommit(engine) as connection:
-                connection.add_notice_handler(lambda notice: refused.append(str(notice.message_primary)))
-                _await_readers(connection, str(self))
-                connection.execute(f"VACUUM (FULL, ANALYZE) {', '.join(tables)}")
-        except sa.exc.DBAPIError as error:
-            raise StorageError(f"the catalog {self} cannot be written anew: {error.orig}") from error
-        except Exception as error:
-            if type(error).__module__.partition(".")[0] != "psycopg":
-                raise
-            raise StorageError(f"the catalog {self} cannot be written anew: {error}") from error
+        with self._autocommit(engine) as connection:
+            connection.add_notice_handler(lambda notice: refused.append(str(notice.message_primary)))
+            _await_readers(connection, str(self))
+            connection.execute("VACUUM (FULL, ANALYZE) " + ", ".join(f'"{name}"' for name in tables))
         if refused:
             raise StorageError(f"the catalog {self} was not written anew: {refused[0]}")
 
     @contextmanager
     def alone(self, engine: sa.Engine, folder: Path) -> Iterator[None]:
         """See `Database`."""
-        with _autocommit(engine) as connection:
+        with self._autocommit(engine) as connection:
             connection.execute("SET lock_timeout = 0")
             connection.execute("SELECT pg_advisory_lock(%s)", (_UPKEEP,))
             yield  # the lock ends with the connection
 
+    @contextmanager
+    def _autocommit(self, engine: sa.Engine) -> Iterator[Any]:
+        """Open a connection of psycopg whose statements are transactions of their own."""
+        import psycopg
 
-def _shown(url: sa.URL) -> str:
-    """Return a URL without its password."""
+        try:
+            with closing(engine.raw_connection()) as raw:
+                connection: Any = raw.driver_connection
+                connection.autocommit = True
+                yield connection
+        except (psycopg.Error, sa.exc.OperationalError) as error:
+            raise StorageError(f"the catalog {self} cannot be used: {getattr(error, 'orig', error)}") from error
+
+
+def _without_password(url: sa.URL) -> str:
     query = {name: value for name, value in url.query.items() if name != "password"}
     return sa.URL.create(url.drivername, url.username, None, url.host, url.port, url.database, query).render_as_string()
-
-
-def _veiled(url: str) -> str:
-    """Return what may not be a URL, without what may be its password."""
-    head, at, tail = url.rpartition("@")
-    user = head.rpartition("//")[2].partition(":")[0]
-    return f"{head.partition('//')[0]}//{user}:***@{tail}" if at and ":" in head.partition("//")[2] else url
 
 
 def _configure_postgresql(connection: Any, record: Any) -> None:
@@ -218,18 +218,6 @@ def _begin_postgresql(connection: sa.Connection) -> None:
         connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_WRITERS})")
     else:
         connection.exec_driver_sql("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
-
-
-@contextmanager
-def _autocommit(engine: sa.Engine) -> Iterator[Any]:
-    """Open a connection of psycopg whose statements are transactions of their own."""
-    raw = engine.raw_connection()
-    try:
-        connection: Any = raw.driver_connection
-        connection.autocommit = True
-        yield connection
-    finally:
-        raw.close()
 
 
 _OLDER = """
