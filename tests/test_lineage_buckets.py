@@ -129,6 +129,26 @@ def test_who_replaces_what_somebody_else_replaced_is_told(bucket: str, tmp_path:
     assert set(dk.Workspace.clone(bucket, tmp_path / "all").models) == {*slow.models, *quick.models}
 
 
+def test_packs_of_pushes_that_did_not_end_are_removed_once_they_are_old(
+    bucket: str,  # noqa: F811
+    server: str,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ws = filled(tmp_path / "a", bucket)
+    ws.lineage.push()
+    whole = objects(bucket, server).keys()
+    name, _, prefix = bucket.removeprefix("s3://").partition("/")
+    left = {"Bucket": name, "Key": f"{prefix}/lineage/models/packs/0123.pack", "Body": b"half"}
+    boto3.client("s3", endpoint_url=server).put_object(**left)
+    ws.lineage.push()
+    assert len(objects(bucket, server)) == len(whole) + 1
+    monkeypatch.setattr("dynkit.lineage.buckets._ORPHAN_AGE_S", 0.0)  # a day later
+    ws.lineage.push()
+    assert objects(bucket, server).keys() == whole
+    assert dk.Workspace.clone(bucket, tmp_path / "b").models.fsck(deep=True) == []
+
+
 def test_what_goes_wrong_there_is_told(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     ws = dk.Workspace(tmp_path / "a")
     ws.lineage.add(big(0))
