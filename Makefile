@@ -30,7 +30,7 @@ $(VENV)/demo: $(VENV)/created $(SETUP)
 	@touch $@
 
 $(VENV)/dev: $(VENV)/demo $(SETUP)
-	$(PIP) install --constraint constraints.txt --editable ".[lab,examples,s3,dev]"
+	$(PIP) install --constraint constraints.txt --editable ".[lab,examples,s3,postgres,dev]"
 	@touch $@
 
 $(VENV)/docs: $(VENV)/dev $(SETUP)

@@ -361,12 +361,12 @@ def remote() -> None:
 
 @remote.command("add")
 @click.argument("name")
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("location")
 @in_workspace
-def remote_add(name: str, path: Path, workspace: Path | None) -> None:
-    """Call the workspace at PATH by NAME, to push to and pull from."""
+def remote_add(name: str, location: str, workspace: Path | None) -> None:
+    """Call the workspace at LOCATION, a directory or s3://bucket/prefix, by NAME, to push to and pull from."""
     with _told():
-        _open(workspace).lineage.add_remote(name, path)
+        _open(workspace).lineage.add_remote(name, location)
 
 
 @main.command()
@@ -392,12 +392,14 @@ def pull(remote: str, models: tuple[str, ...], workspace: Path | None) -> None:
 
 
 @main.command()
-@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("source")
 @click.argument("path", type=click.Path(path_type=Path))
-def clone(source: Path, path: Path) -> None:
-    """Make a workspace at PATH with all models of the one at SOURCE."""
+@click.option("--storage", help="s3://bucket/prefix to keep its samples and models in.")
+@click.option("--catalog", help="postgresql://user@host/database to keep its catalog in.")
+def clone(source: str, path: Path, storage: str | None, catalog: str | None) -> None:
+    """Make a workspace at PATH with all models of the one at SOURCE, a directory or s3://bucket/prefix."""
     with _told():
-        _say(repr(dk.Workspace.clone(source, path).lineage.log(10)))
+        _say(repr(dk.Workspace.clone(source, path, storage=storage, catalog=catalog).lineage.log(10)))
 
 
 @main.command()

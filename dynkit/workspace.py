@@ -12,6 +12,7 @@ from dynkit import catalog as tables
 from dynkit.catalog import Catalog
 from dynkit.data import Dataset, create, ingest
 from dynkit.lineage import Lineage
+from dynkit.lineage.remotes import check
 from dynkit.models import ModelStore
 from dynkit.pipeline import Pipeline, Run, Runs
 from dynkit.pipeline.recipe import Recipe
@@ -31,11 +32,17 @@ class Workspace:
         URL of an S3-protocol bucket, such as ``s3://bucket/prefix``, to keep samples and models in (``pip install
         'dynkit[s3]'``; keys, region and endpoint from the usual ``AWS_*`` variables); the catalog and a read cache
         stay in the directory. Given once: the workspace remembers it.
+    catalog : str or None
+        URL of a PostgreSQL database, ``postgresql://user@host/database``, to keep the catalog in (``pip install
+        'dynkit[postgres]'``); the password is libpq's business: ``~/.pgpass`` or ``$PGPASSWORD``. With `storage` too,
+        directories on several machines are one workspace. None: a file in the directory. Given once, as well.
 
     Raises
     ------
     StorageError
         When it cannot be made, written or read by this version.
+    Conflict
+        When it keeps its samples or catalog elsewhere, or the database belongs to another directory.
 
     Examples
     --------
@@ -45,25 +52,29 @@ class Workspace:
     ([], [])
     """
 
-    def __init__(self, path: str | os.PathLike[str] | None = None, *, storage: str | None = None) -> None:
-        self.catalog = Catalog(path, storage)
+    def __init__(
+        self, path: str | os.PathLike[str] | None = None, *, storage: str | None = None, catalog: str | None = None
+    ) -> None:
+        self.catalog = Catalog(path, storage, catalog)
         self.models = ModelStore(self.catalog)
         self.lineage = Lineage(self.catalog, self.models, partial(Recipe, self.catalog))
 
     @classmethod
-    def clone(cls, source: str | os.PathLike[str], path: str | os.PathLike[str]) -> "Workspace":
+    def clone(cls, source: str | os.PathLike[str], path: str | os.PathLike[str], **where: str | None) -> "Workspace":
         """Make a workspace with all models of another, which becomes its remote ``"origin"``; no datasets, no runs.
 
         Parameters
         ----------
-        source : path
-            Directory of a workspace.
+        source : path or str
+            Directory of a workspace, or the URL of one in a bucket, such as ``"s3://bucket/prefix"``.
         path : path
             Of the new one.
+        **where : str or None
+            Its `storage` and `catalog`, as of `Workspace`.
         """
-        Catalog.existing(source)
-        new = cls(path)
-        new.lineage.add_remote("origin", Path(source))
+        check(source)
+        new = cls(path, **where)
+        new.lineage.add_remote("origin", source)
         new.lineage.pull("origin")
         return new
 

@@ -15,7 +15,7 @@ from streams import make_model, make_pipeline, replayed
 from torch import nn
 
 import dynkit as dk
-from dynkit.catalog import edges, models, names
+from dynkit.catalog import edges, insert_missing, models, names
 from dynkit.errors import Conflict, InvalidInput, NotFound
 from dynkit.lineage import graph
 from dynkit.lineage.placing import sketch
@@ -47,8 +47,7 @@ def planted(ws: dk.Workspace, pairs: list[tuple[int, int]], n: int, kinds: list[
             {"parent": ids[a], "child": ids[b], "kind": kind, "run": ""}
             for (a, b), kind in zip(pairs, kinds, strict=True)
         ]
-        if rows:
-            connection.execute(sa.insert(edges).prefix_with("OR IGNORE"), rows)
+        insert_missing(connection, edges, rows)
 
 
 @given(data=st.data())

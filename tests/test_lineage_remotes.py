@@ -1,14 +1,7 @@
 """Workspaces that share models: only what is missing travels, histories unite, names move by compare-and-swap."""
 
-import os
-import signal
-import subprocess
-import sys
-import time
-from contextlib import suppress
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from streams import make_pipeline, replayed
@@ -129,52 +122,3 @@ def test_wrong_remotes_are_refused(shared: dk.Workspace, tmp_path: Path) -> None
     shared.lineage.add_remote("self", shared.path)
     with pytest.raises(Conflict, match="itself"):
         shared.lineage.push("self")
-
-
-# Forks a child for every line it reads, which pushes: it need not import anything. Tells its pid, and whether it was killed.
-PUSHES = """
-import os, signal, sys
-from dynkit.workspace import Workspace
-for line in sys.stdin:
-    child = os.fork()
-    if child == 0:
-        Workspace(sys.argv[1]).lineage.push()
-        os._exit(0)
-    print(child, flush=True)
-    print(os.waitpid(child, 0)[1] == signal.SIGKILL, flush=True)
-"""
-
-
-def test_a_push_that_is_killed_leaves_whole_models_and_the_next_one_goes_on(tmp_path: Path) -> None:
-    source, target = dk.Workspace(tmp_path / "source"), dk.Workspace(tmp_path / "target")
-    last: list[str] = []
-    for i in range(60):
-        last = [source.lineage.add(big(i), parents=last[-1:], name=f"m{i}")]
-    source.lineage.add_remote("origin", target.path)
-    rng = np.random.default_rng(0)
-    sizes = [0]
-    command = [sys.executable, "-c", PUSHES, str(source.path)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdin is not None and process.stdout is not None
-        for _ in range(8):
-            process.stdin.write("\n")
-            process.stdin.flush()
-            child, deadline = int(process.stdout.readline()), time.monotonic() + 60
-            while len(target.models) == sizes[-1] and time.monotonic() < deadline:
-                time.sleep(0.005)
-            time.sleep(rng.uniform(0, 0.1))
-            with suppress(ProcessLookupError):
-                os.kill(child, signal.SIGKILL)
-            killed = process.stdout.readline()
-            sizes.append(len(target.models))
-            if sizes[-1] > sizes[-2]:
-                assert target.models.fsck(deep=True) == []
-                for model in target.models:
-                    assert target.lineage.show(model).parents == source.lineage.show(model).parents
-            if killed == "False\n":
-                break
-        process.stdin.close()
-    assert sizes == sorted(sizes) and len({n for n in sizes if 0 < n < 60}) >= 2
-    source.lineage.push()
-    assert edges(target) == edges(source)
-    assert target.models.resolve("m59") == last[0]

@@ -248,10 +248,13 @@ def test_a_run_that_cannot_be_started_says_so_and_is_not_left_running(ws: dk.Wor
     event = next(stream)
     stream.close()
     run = ws.run(event.run)
-    shutil.rmtree(run.folder)
+    (run.folder / "worker.log").mkdir()
     with pytest.raises(StorageError, match="cannot be started"):
         run.resume()
     assert run.status == "failed"
+    shutil.rmtree(run.folder)
+    with pytest.raises(StorageError, match="do this in the directory where it was started"):
+        run.resume()
     (ws.path / "runs").rename(ws.path / "elsewhere")
     (ws.path / "runs").write_text("a file where the folder should be")
     with pytest.raises(StorageError, match="cannot write the run's folder"):

@@ -4,10 +4,9 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import sqlalchemy as sa
 from blake3 import blake3
 
-from dynkit.catalog import Catalog, datasets
+from dynkit.catalog import Catalog, datasets, insert_missing
 from dynkit.data import manifest, writing
 from dynkit.data.dataset import Dataset, check_name
 from dynkit.data.fields import parse_fields
@@ -101,7 +100,7 @@ def _register(catalog: Catalog, name: str) -> Folder | Remote:
     check_name(name, "dataset")
     with catalog.write() as connection:
         row = {"name": name, "created_ns": time.time_ns()}
-        connection.execute(sa.insert(datasets).prefix_with("OR IGNORE"), row)
+        insert_missing(connection, datasets, row)
     return open_store(catalog.root, catalog.storage, name)
 
 

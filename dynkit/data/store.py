@@ -179,7 +179,7 @@ class Remote:
         try:
             import obstore
         except ImportError:
-            raise StorageError("remote datasets need obstore; type: pip install 'dynkit[s3]'") from None
+            raise StorageError("buckets need obstore; type: pip install 'dynkit[s3]'") from None
         self.newest: tuple[int, Any] = (0, None)
         self._obstore = obstore
         options: dict[str, Any] = {}
@@ -239,6 +239,20 @@ class Remote:
     def checksum(self, path: str) -> str:
         """See `Store`."""
         return str(blake3(self.read(path)).hexdigest())
+
+    def fetch(self, path: str) -> tuple[bytes, str]:
+        """Content of a file that changes, and the tag of this content; FileNotFoundError when it is not there."""
+        found = self._obstore.get(self._store, path)
+        return bytes(found.bytes()), str(found.meta["e_tag"])
+
+    def swap(self, path: str, file: Path, tag: str | None) -> str | None:
+        """Put a file in place of the content with this tag (None: of nothing); None when there is another by now."""
+        mode: Any = "create" if tag is None else {"e_tag": tag}
+        errors = self._obstore.exceptions
+        try:
+            return str(self._obstore.put(self._store, path, file, mode=mode, use_multipart=False)["e_tag"])
+        except (errors.AlreadyExistsError, errors.PreconditionError):
+            return None
 
     @contextmanager
     def writing(self, *, alone: bool = False) -> Iterator[Path]:

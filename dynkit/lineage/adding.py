@@ -10,7 +10,7 @@ import cloudpickle
 import sqlalchemy as sa
 import torch
 
-from dynkit.catalog import names, notes
+from dynkit.catalog import insert_missing, names, notes
 from dynkit.errors import Conflict, InvalidInput
 from dynkit.lineage import placing
 from dynkit.lineage.origins import Origin, insert_origin
@@ -129,8 +129,7 @@ def write_notes(connection: sa.Connection, model: str, tags: Iterable[str], note
     """Add tags and a note, unless they are there."""
     texts = [*(("tag", tag) for tag in _texts(tags)), *([("note", note)] if note else [])]
     rows = [{"model": model, "kind": kind, "text": text, "created_ns": time.time_ns()} for kind, text in texts]
-    if rows:
-        connection.execute(sa.insert(notes).prefix_with("OR IGNORE"), rows)
+    insert_missing(connection, notes, rows)
 
 
 def _texts(tags: Iterable[str]) -> Iterable[str]:

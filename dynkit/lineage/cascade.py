@@ -14,7 +14,7 @@ from typing import Any
 import networkx as nx
 import sqlalchemy as sa
 
-from dynkit.catalog import Catalog, names, notes, origins
+from dynkit.catalog import Catalog, insert_missing, names, notes, origins
 from dynkit.errors import InvalidInput
 from dynkit.html import duration
 from dynkit.lineage import testing
@@ -165,8 +165,7 @@ def _record(connection: sa.Connection, old: str, origin: Origin, parents: tuple[
     link(connection, "version", [old], built.model)
     query = sa.select(notes).where(notes.c.model == old, notes.c.kind == "tag")
     tags = [{**row._asdict(), "model": built.model} for row in connection.execute(query)]
-    if tags:
-        connection.execute(sa.insert(notes).prefix_with("OR IGNORE"), tags)
+    insert_missing(connection, notes, tags)
     how = "rebuilt" if origin.training is not None else origin.how
     known = [(one.how, one.parents, one.training) for one in origins_of(connection, {built.model})]
     if (how, parents, origin.training) in known:

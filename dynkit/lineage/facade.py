@@ -1,6 +1,7 @@
 """A Lineage is what a workspace knows about its models; each method opens the catalog and asks one module."""
 
 from collections.abc import Callable, Collection, Iterable, Sequence
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -468,9 +469,21 @@ class Lineage:
 
     # ---- other workspaces ----
 
-    def add_remote(self, name: str, path: str | Path) -> None:
-        """Remember another workspace, given by its directory, to push to and pull from; an earlier one is replaced."""
-        remotes.add_remote(self._catalog, name, Path(path))
+    def add_remote(self, name: str, location: str | PathLike[str]) -> None:
+        """Remember another workspace to push to and pull from; an earlier one of this name is replaced.
+
+        Parameters
+        ----------
+        name : str
+        location : path or str
+            Its directory; or a place in a bucket, such as ``"s3://bucket/prefix"``, where the first push makes it
+            (``pip install 'dynkit[s3]'``; keys, region and endpoint from the usual ``AWS_*`` variables).
+
+        Raises
+        ------
+        InvalidInput, NotFound, StorageError
+        """
+        remotes.add_remote(self._catalog, name, location)
 
     def push(self, remote: str = "origin", models: str | Iterable[str] | None = None) -> Transfer:
         """Copy to a remote what it lacks: models with all they come from, and names, where they moved on only here.
@@ -482,12 +495,12 @@ class Lineage:
             None: all.
         """
         wanted = [models] if isinstance(models, str) else models
-        return remotes.transfer(self._catalog, remotes.open_remote(self._catalog, remote), wanted)
+        return remotes.push(self._catalog, remote, wanted)
 
     def pull(self, remote: str = "origin", models: str | Iterable[str] | None = None) -> Transfer:
         """Copy from a remote what is not here, as `push` does; its names are kept as ``<remote>/<name>``, too."""
         wanted = [models] if isinstance(models, str) else models
-        return remotes.transfer(remotes.open_remote(self._catalog, remote), self._catalog, wanted, prefix=remote)
+        return remotes.pull(self._catalog, remote, wanted)
 
     # ---- where a model belongs ----
 

@@ -110,9 +110,9 @@ def search(connection: sa.Connection, text: str | None, tag: str | None, run: st
     if text is not None:
         chosen.append(
             sa.union(
-                sa.select(models.c.id).where(models.c.id.startswith(text, autoescape=True)),
-                sa.select(names.c.model).where(names.c.name.contains(text, autoescape=True)),
-                sa.select(notes.c.model).where(notes.c.text.contains(text, autoescape=True)),
+                sa.select(models.c.id).where(models.c.id.istartswith(text, autoescape=True)),
+                sa.select(names.c.model).where(names.c.name.icontains(text, autoescape=True)),
+                sa.select(notes.c.model).where(notes.c.text.icontains(text, autoescape=True)),
             )
         )
     if tag is not None:
@@ -212,7 +212,7 @@ def card(connection: sa.Connection, root: Path, model: str) -> Card:
     """Collect all that is known of a model."""
 
     def column(query: Any) -> tuple[str, ...]:
-        return tuple(connection.scalars(query.distinct()))
+        return tuple(dict.fromkeys(connection.scalars(query)))
 
     derived = edges.c.kind == "derived"
     found = origins_of(connection, {model})
@@ -232,8 +232,8 @@ def card(connection: sa.Connection, root: Path, model: str) -> Card:
         names=column(sa.select(names.c.name).where(names.c.model == model).order_by(names.c.name)),
         tags=column(_texts(model, "tag")),
         notes=column(_texts(model, "note")),
-        parents=column(sa.select(edges.c.parent).where(edges.c.child == model, derived)),
-        children=column(sa.select(edges.c.child).where(edges.c.parent == model, derived)),
+        parents=column(sa.select(edges.c.parent).where(edges.c.child == model, derived).order_by(edges.c.parent)),
+        children=column(sa.select(edges.c.child).where(edges.c.parent == model, derived).order_by(edges.c.child)),
         versions=tuple(versions(connection, model)),
         ancestors=len(reachable(connection, [model], up=True) - {model}),
         descendants=len(reachable(connection, [model], up=False) - {model}),

@@ -15,7 +15,7 @@ import sqlalchemy as sa
 import torch
 from blake3 import blake3
 
-from dynkit.catalog import Catalog, models, sketches, structures, tokens
+from dynkit.catalog import Catalog, insert_missing, models, sketches, structures, tokens
 from dynkit.data.hashing import mix
 from dynkit.lineage.display import Shown, short, watched
 from dynkit.models import ModelStore, tensor_id
@@ -126,11 +126,10 @@ def index(connection: sa.Connection, model: str, state: State, manifest: Mapping
     """Make a stored model findable by `place`."""
     slots = slots_of(state)
     structure = blake3(repr(slots).encode()).hexdigest()
-    connection.execute(sa.insert(structures).prefix_with("OR IGNORE"), {"id": structure, "slots": slots})
+    insert_missing(connection, structures, {"id": structure, "slots": slots})
     sketched, shared = sketch(state), _tokens(manifest)
     row = {"model": model, "structure": structure, "tensors": len(shared), "sketch": sketched.tobytes()}
-    inserted = connection.execute(sa.insert(sketches).prefix_with("OR IGNORE"), row)
-    if inserted.rowcount:
+    if insert_missing(connection, sketches, row):
         number = connection.scalar(sa.select(sketches.c.number).where(sketches.c.model == model))
         found = {*shared, *_bands(sketched)}
         connection.execute(sa.insert(tokens), [{"token": token, "number": number} for token in found])

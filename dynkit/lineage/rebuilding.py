@@ -17,7 +17,7 @@ import sqlalchemy as sa
 import torch
 from blake3 import blake3
 
-from dynkit.catalog import Catalog, edges, origins, recipes
+from dynkit.catalog import Catalog, edges, insert_missing, origins, recipes, upsert
 from dynkit.data import Dataset, Version
 from dynkit.errors import InvalidInput, NotFound
 from dynkit.evaluation.matrix import Scored
@@ -77,8 +77,7 @@ class Built:
 def link(connection: sa.Connection, kind: str, parents: Iterable[str], child: str, run: str = "") -> None:
     """Add edges, unless they are there; a model is not its own parent."""
     rows = [{"parent": p, "child": child, "kind": kind, "run": run} for p in dict.fromkeys(parents) if p != child]
-    if rows:
-        connection.execute(sa.insert(edges).prefix_with("OR IGNORE"), rows)
+    insert_missing(connection, edges, rows)
 
 
 def version_of(dataset: Dataset, number: int) -> Dataset:
@@ -240,7 +239,7 @@ class Workshop:
         row = {"id": identity, "seconds": built.seconds, "details": built.details}
 
         def also(connection: sa.Connection, model: str) -> None:
-            connection.execute(sa.insert(recipes).prefix_with("OR REPLACE"), {**row, "model": model})
+            upsert(connection, recipes, {**row, "model": model})
 
         return replace(built, model=put(self._store, state, also, parents))
 

@@ -1,4 +1,4 @@
-"""Share models between workspaces: a remote is the directory of another workspace.
+"""Share models between workspaces: a remote is the directory of another workspace, or is kept in a bucket.
 
 Only what the other side lacks is copied, parents first, each model with its origin, edges, tags and notes in one
 transaction: an interrupted transfer leaves whole models, and the next one goes on. The tensors are checked against
@@ -11,24 +11,40 @@ as everywhere, run only when somebody asks to build or test.
 
 import dataclasses
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
 import torch
 
-from dynkit.catalog import Catalog, edges, models, names, notes, origins, remotes, results, tests
+from dynkit.catalog import (
+    Catalog,
+    edges,
+    insert_missing,
+    models,
+    names,
+    notes,
+    origins,
+    remotes,
+    results,
+    tensors,
+    tests,
+    upsert,
+)
 from dynkit.errors import Conflict, InvalidInput, NotFound, StorageError, did_you_mean
+from dynkit.lineage.buckets import Bucket, OvertakenError, is_url
 from dynkit.lineage.display import Shown, bytes_text, short, watched
 from dynkit.lineage.graph import KINDS, all_edges, in_order, reachable
 from dynkit.lineage.origins import Origin, insert_origin, origins_of
 from dynkit.lineage.storing import put
 from dynkit.models import ModelStore
 from dynkit.models.records import resolved
+from dynkit.models.writing import key_of
 
-__all__ = ["Transfer", "add_remote", "open_remote", "transfer"]
+__all__ = ["Transfer", "add_remote", "check", "pull", "push"]
 
 _FEW = 500  # ids that one query may list
 
@@ -39,7 +55,8 @@ class Transfer(Shown):
 
     Parameters
     ----------
-    source, target : path
+    source, target : str
+        Directory or URL.
     models : tuple of str
         That were copied.
     known : int
@@ -54,8 +71,8 @@ class Transfer(Shown):
         Name to (model there, model here) of those that went apart.
     """
 
-    source: Path
-    target: Path
+    source: str
+    target: str
     models: tuple[str, ...]
     known: int
     size_bytes: int
@@ -76,53 +93,107 @@ class Transfer(Shown):
         return title, facts, ("", "name", "there", "offered"), rows
 
 
-def add_remote(catalog: Catalog, name: str, path: Path) -> None:
+def add_remote(catalog: Catalog, name: str, location: str | PathLike[str]) -> None:
     """Remember a workspace by a name.
 
     Raises
     ------
-    InvalidInput, NotFound
+    InvalidInput, NotFound, StorageError
     """
     if not name or "/" in name:
         raise InvalidInput(f"remote name {name!r} must be text without '/', such as 'origin'")
-    Catalog.existing(path)
+    url = Bucket(str(location)).url if is_url(location) else str(Catalog.existing(location).root)
     with catalog.write() as connection:
-        row = {"name": name, "url": str(path.expanduser().resolve())}
-        connection.execute(sa.insert(remotes).prefix_with("OR REPLACE"), row)
+        upsert(connection, remotes, {"name": name, "url": url})
 
 
-def open_remote(catalog: Catalog, name: str) -> Catalog:
-    """Open a remote.
+def check(location: str | PathLike[str]) -> None:
+    """Make sure that there is a workspace.
 
     Raises
     ------
-    NotFound
+    NotFound, StorageError
     """
+    if is_url(location):
+        Bucket(str(location)).check()
+    else:
+        Catalog.existing(location)
+
+
+def push(catalog: Catalog, remote: str, wanted: Iterable[str] | None) -> Transfer:
+    """Copy models to a remote."""
+    location = _location(catalog, remote)
+    if not is_url(location):
+        return _transfer(catalog, Catalog.existing(location), _Job(wanted))
+    bucket, job = Bucket(location), _Job(None if wanted is None else list(wanted))
+    while True:
+        with bucket.opened(_cache(catalog), create=True) as target:
+            saved = len(job.copied)
+
+            def save(target: Catalog = target) -> None:
+                nonlocal saved
+                if bucket.save(target):
+                    saved = len(job.copied)
+
+            try:
+                done = _transfer(catalog, target, job, save)
+                bucket.save(target, last=True)
+            except OvertakenError:
+                del job.copied[saved:]
+                continue
+            bucket.tidy(target)
+            return dataclasses.replace(done, target=location)
+
+
+def pull(catalog: Catalog, remote: str, wanted: Iterable[str] | None) -> Transfer:
+    """Copy models from a remote; its names are kept behind the remote's, too."""
+    location = _location(catalog, remote)
+    job = _Job(wanted, prefix=remote)
+    if not is_url(location):
+        return _transfer(Catalog.existing(location), catalog, job)
+    with Bucket(location).opened(_cache(catalog)) as source:
+        return dataclasses.replace(_transfer(source, catalog, job), source=location)
+
+
+def _location(catalog: Catalog, name: str) -> str:
     with catalog.read() as connection:
         known = {row.name: row.url for row in connection.execute(sa.select(remotes))}
     if name not in known:
         raise NotFound(f"no remote {name!r}{did_you_mean(name, known)}; ws.lineage.add_remote(name, path) adds one")
-    return Catalog.existing(known[name])
+    return str(known[name])
 
 
-def transfer(source: Catalog, target: Catalog, wanted: Iterable[str] | None, *, prefix: str | None = None) -> Transfer:
-    """Copy models with all they come from, and unite the graphs.
+def _cache(catalog: Catalog) -> Path:
+    return catalog.root / "cache" / "remotes"
 
-    Parameters
-    ----------
-    source, target : Catalog
-    wanted : iterable of str or None
-        Models or names; None: all.
-    prefix : str or None
-        Also keep the names of the source behind this.
-    """
-    if source.root == target.root:
+
+@dataclass(frozen=True)
+class _Copy:
+    """A model that was copied, bytes of its tensors that were not there, and its edges."""
+
+    model: str
+    size_bytes: int
+    edges: int
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What to copy (None: all), where to keep the source's names (None: nowhere), and what was copied until now."""
+
+    wanted: Iterable[str] | None
+    prefix: str | None = None
+    copied: list[_Copy] = field(default_factory=list)
+
+
+def _transfer(source: Catalog, target: Catalog, job: _Job, save: Callable[[], None] = lambda: None) -> Transfer:
+    """Copy models with all they come from, and unite the graphs; after each model, `save`."""
+    if source.where == target.where:
         raise Conflict(f"{source.root} is this workspace itself")
     here, there = ModelStore(source), ModelStore(target)
     with source.read() as connection:
         every = set(connection.scalars(sa.select(models.c.id)))
-        if wanted is not None:
-            given = {resolved(connection, model) for model in wanted}
+        if job.wanted is not None:
+            given = {resolved(connection, model) for model in job.wanted}
             every = given | reachable(connection, given, up=True, kinds=KINDS)
         order = in_order(connection, every)
         parents: dict[str, list[str]] = {model: [] for model in order}
@@ -130,23 +201,32 @@ def transfer(source: Catalog, target: Catalog, wanted: Iterable[str] | None, *, 
             parents[child].append(parent)
     with target.read() as connection:
         known = every & set(connection.scalars(sa.select(models.c.id)))
-    stored = there.tensors()
-    size_bytes = n_edges = 0
-    missing = [model for model in order if model not in known]
-    for model in watched(missing, "copy models"):
+        stored = set(connection.scalars(sa.select(tensors.c.key)))
+    for model in watched([model for model in order if model not in known], "copy models"):
         state, manifest = here.load(model), here.manifest(model)
-        new = {identity: name for name, identity in manifest.items() if identity not in stored}
-        size_bytes += sum(state[name].nbytes for name in new.values())
-        stored |= new.keys()
-        n_edges += _copy(there, model, state, _facts(source, {model}), [p for p in parents[model] if p in known])
+        keys = {key_of(bytes.fromhex(identity)): name for name, identity in manifest.items()}
+        size_bytes = sum(state[keys[key]].nbytes for key in keys.keys() - stored)
+        stored |= keys.keys()
+        n_edges = _copy(there, model, state, _facts(source, {model}), [p for p in parents[model] if p in known])
         known.add(model)
+        job.copied.append(_Copy(model, size_bytes, n_edges))
+        save()
     facts = _facts(source, every)
     with target.write() as connection:
-        n_edges += _write(connection, facts)
+        n_edges = _write(connection, facts)
         _copy_tests(connection, source)
-        moved, apart = _move_names(connection, facts.names, prefix)
-    there_before = len(every) - len(missing)
-    return Transfer(source.root, target.root, tuple(missing), there_before, size_bytes, n_edges, moved, apart)
+        moved, apart = _move_names(connection, facts.names, job.prefix)
+    copied = job.copied
+    return Transfer(
+        str(source.root),
+        str(target.root),
+        tuple(one.model for one in copied),
+        len(every) - len(copied),
+        sum(one.size_bytes for one in copied),
+        n_edges + sum(one.edges for one in copied),
+        moved,
+        apart,
+    )
 
 
 def _copy(
@@ -205,13 +285,9 @@ def _write(connection: sa.Connection, facts: _Facts) -> int:
     ends = {row[end] for row in facts.edges for end in ("parent", "child")}
     some = models.c.id.in_(ends) if len(ends) <= _FEW else sa.true()
     there = set(connection.scalars(sa.select(models.c.id).where(some)))
-    new = 0
-    for row in facts.edges:
-        if row["parent"] in there and row["child"] in there:
-            new += connection.execute(sa.insert(edges).prefix_with("OR IGNORE"), row).rowcount
-    for table, rows in ((notes, facts.notes), (results, facts.results)):
-        if rows:
-            connection.execute(sa.insert(table).prefix_with("OR IGNORE"), rows)
+    new = insert_missing(connection, edges, [row for row in facts.edges if {row["parent"], row["child"]} <= there])
+    insert_missing(connection, notes, facts.notes)
+    insert_missing(connection, results, facts.results)
     known = {_key(form) for one in origins_of(connection, set(facts.ages)) for form in (one, _told(one))}
     for one, code in facts.origins:
         told = _told(one)
@@ -238,8 +314,7 @@ def _copy_tests(connection: sa.Connection, source: Catalog) -> None:
     """Take over tests whose names are free."""
     with source.read() as other:
         rows = [row._asdict() for row in other.execute(sa.select(tests))]
-    if rows:
-        connection.execute(sa.insert(tests).prefix_with("OR IGNORE"), rows)
+    insert_missing(connection, tests, rows)
 
 
 def _move_names(
@@ -252,7 +327,7 @@ def _move_names(
 
     def give(name: str, model: str) -> None:
         row = {"name": name, "model": model, "changed_ns": time.time_ns()}
-        connection.execute(sa.insert(names).prefix_with("OR REPLACE"), row)
+        upsert(connection, names, row)
 
     for name, model in offered.items():
         if prefix is not None and holders.get(f"{prefix}/{name}") != model:

@@ -7,17 +7,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from dynkit.catalog import (
-    edges,
-    evaluations,
-    events,
-    models,
-    names,
-    notes,
-    origins,
-    runs,
-    triggers,
-)
+from dynkit.catalog import edges, evaluations, events, insert_missing, models, names, notes, origins, runs, triggers
 from dynkit.lineage.origins import Origin
 from dynkit.lineage.rebuilding import Built, link
 
@@ -161,7 +151,7 @@ def _remove(connection: sa.Connection, model: str, instead: str | None) -> None:
         rows = connection.execute(sa.select(notes).where(notes.c.model == model)).all()
         if rows:
             moved = [{**row._asdict(), "model": instead} for row in rows]
-            connection.execute(sa.insert(notes).prefix_with("OR IGNORE"), moved)
+            insert_missing(connection, notes, moved)
     connection.execute(sa.delete(edges).where(sa.or_(edges.c.parent == model, edges.c.child == model)))
     for table in (names, evaluations):
         connection.execute(sa.delete(table).where(table.c.model == model))

@@ -18,7 +18,32 @@ from dynkit.disk import flush
 from dynkit.errors import StorageError
 from dynkit.time import IntArray
 
-__all__ = ["content", "forget_trainings", "read_selection", "rewrite_selections", "uses", "without", "write_selection"]
+__all__ = [
+    "content",
+    "files_of",
+    "forget_trainings",
+    "read_selection",
+    "rewrite_selections",
+    "uses",
+    "without",
+    "write_selection",
+]
+
+
+def files_of(root: Path, run: str) -> Path:
+    """Return the folder of a run's files: code, log, selections.
+
+    Raises
+    ------
+    StorageError
+        When they are in another directory of the same workspace.
+    """
+    folder = root / "runs" / run
+    if not folder.exists():
+        raise StorageError(
+            f"the code and selections of run {run} are not in {root}; do this in the directory where it was started"
+        )
+    return folder
 
 
 def write_selection(root: Path, run: str, index: int, chosen: pl.DataFrame) -> None:
@@ -47,7 +72,7 @@ def read_selection(root: Path, run: str, index: int) -> pl.DataFrame:
 
 
 def _path(root: Path, run: str, index: int) -> Path:
-    return root / "runs" / run / "selections" / f"{index:06d}.arrow"
+    return files_of(root, run) / "selections" / f"{index:06d}.arrow"
 
 
 def without(frame: pl.DataFrame, keys: IntArray) -> pl.DataFrame:

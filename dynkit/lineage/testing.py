@@ -16,7 +16,7 @@ import numpy as np
 import sqlalchemy as sa
 import torch
 
-from dynkit.catalog import Catalog, models, names, notes, results, tests
+from dynkit.catalog import Catalog, models, names, notes, results, tests, upsert
 from dynkit.data import Dataset
 from dynkit.errors import InvalidInput, NotFound, did_you_mean
 from dynkit.lineage.display import Shown, short
@@ -162,7 +162,7 @@ def register(connection: sa.Connection, test: ModelTest) -> None:
         "dataset": test.dataset,
         "at_least": test.at_least,
     }
-    connection.execute(sa.insert(tests).prefix_with("OR REPLACE"), row)
+    upsert(connection, tests, row)
 
 
 def registered(connection: sa.Connection, only: Collection[str] | None = None) -> list[ModelTest]:
@@ -241,7 +241,7 @@ def run(catalog: Catalog, store: ModelStore, test: ModelTest, model: str) -> Res
     if error is None:  # what went wrong may not go wrong again
         said = {"passed": passed, "value": value, "error": None, "seconds": result.seconds}
         with catalog.write() as connection:
-            connection.execute(sa.insert(results).prefix_with("OR REPLACE"), {**key, **said})
+            upsert(connection, results, {**key, **said})
     return result
 
 

@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from blake3 import blake3
 from numcodecs.zstd import Zstd
 
-from dynkit.catalog import layouts, models, names
+from dynkit.catalog import layouts, models, names, upsert
 from dynkit.errors import Conflict, NotFound
 from dynkit.models.coding import pack_numbers, unpack_numbers
 from dynkit.models.encoding import Ref
@@ -118,4 +118,4 @@ def move_name(connection: sa.Connection, name: str, model: str, expected: Iterab
             "choose another name, or give that model as a parent"
         )
     row = {"name": name, "model": model, "changed_ns": time.time_ns()}
-    connection.execute(sa.insert(names).prefix_with("OR REPLACE"), row)
+    upsert(connection, names, row)

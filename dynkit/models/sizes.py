@@ -6,7 +6,6 @@ import sqlalchemy as sa
 
 from dynkit import html
 from dynkit.catalog import edges, layouts, models, names, packs, tensors
-from dynkit.errors import StorageError
 from dynkit.models.shelf import Shelf
 
 __all__ = ["Stats", "measured"]
@@ -76,17 +75,5 @@ def measured(shelf: Shelf) -> Stats:
         count = connection.scalar(sa.select(sa.func.count()).select_from(models))
         raw_bytes = connection.scalar(sa.select(sa.func.sum(models.c.raw_bytes)))
         different = connection.scalar(sa.select(sa.func.count()).select_from(tensors))
-    return Stats(count or 0, different or 0, raw_bytes or 0, shelf.size_bytes(), _catalog_bytes(shelf))
-
-
-def _catalog_bytes(shelf: Shelf) -> int:
-    names_of = [table.name for table in (models, names, layouts, tensors, packs, edges)]
-    query = sa.text("SELECT sum(pgsize) FROM dbstat JOIN sqlite_schema USING (name) WHERE tbl_name IN :tables")
-    try:
-        with shelf.catalog.read() as connection:
-            size = connection.scalar(query.bindparams(sa.bindparam("tables", names_of, expanding=True)))
-    except StorageError:  # an SQLite that was built without the table of pages: then all of the catalog counts
-        with shelf.catalog.read() as connection:
-            pages, page = (connection.scalar(sa.text(f"PRAGMA {what}")) for what in ("page_count", "page_size"))
-            size = pages * page
-    return int(size)
+    catalog_bytes = shelf.catalog.size_bytes([models, names, layouts, tensors, packs, edges])
+    return Stats(count or 0, different or 0, int(raw_bytes or 0), shelf.size_bytes(), catalog_bytes)

@@ -5,12 +5,9 @@ readers who miss the old file look up the new one, writers who relied on a freed
 exclude each other by a lock that ends with its process.
 """
 
-import fcntl
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import google_crc32c
@@ -117,7 +114,7 @@ def _name(reader: Reader, ref: Ref) -> str:
 
 def collect(shelf: Shelf, grace_s: float, garbage: float) -> Freed:
     """Remove what no model needs; see `ModelStore.gc`."""
-    with _alone(shelf.folder):
+    with shelf.catalog.alone(shelf.folder):
         before, files = shelf.size_bytes(), len(shelf.sizes())
         for _ in range(_ATTEMPTS):
             removed = _collect_once(shelf, garbage)
@@ -247,7 +244,7 @@ class _OvertakenError(Exception):
 def rewrite(shelf: Shelf) -> Freed:
     """Store every tensor in the smallest way that is found now; see `ModelStore.repack`."""
     improved = 0
-    with _alone(shelf.folder):
+    with shelf.catalog.alone(shelf.folder):
         before, files = shelf.size_bytes(), len(shelf.sizes())
         plan = _Plan(shelf)
         with shelf.catalog.read() as connection:
@@ -289,7 +286,7 @@ class _Plan:
         return [other for other in direct if other < ref], [other for other in before if other < ref]
 
     def _family(self, model: str) -> tuple[list[Stored], list[Stored]]:
-        made_from = sa.select(edges.c.parent).where(edges.c.child == model).order_by(edges.c.kind)
+        made_from = sa.select(edges.c.parent).where(edges.c.child == model).order_by(edges.c.kind, edges.c.parent)
         with self._catalog.read() as connection:
             parents = list(dict.fromkeys(connection.scalars(made_from)))
             beside = sa.select(edges.c.child).where(edges.c.parent.in_(parents), edges.c.child != model).distinct()
@@ -335,12 +332,3 @@ def _groups(reader: Reader, rows: "dict[int, sa.Row[Any]]") -> Iterator[list[int
             group, size = [], 0
     if group:
         yield group
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Wait until no other process looks after the packs."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("ab") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield

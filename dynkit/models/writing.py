@@ -13,7 +13,7 @@ from typing import Any
 import sqlalchemy as sa
 import torch
 
-from dynkit.catalog import edges, packs, tensors
+from dynkit.catalog import edges, insert_missing, packs, tensors
 from dynkit.errors import NotFound
 from dynkit.models.encoding import Frame, Ref, encode
 from dynkit.models.packs import Written
@@ -95,7 +95,7 @@ def commit(shelf: Shelf, draft: Draft, also: Also | None) -> None:
             pack = _insert_pack(connection, file.name, written)
             refs = {frame.id: (pack, slot) for slot, (frame, _) in enumerate(coded)}
             rows = [{"key": key_of(id), "pack": pack, "slot": slot} for id, (_, slot) in refs.items()]
-            connection.execute(sa.insert(tensors).prefix_with("OR IGNORE"), rows)
+            insert_missing(connection, tensors, rows)
             _publish(connection, draft, known | refs, also)
     for id, (_, tensor) in new.items():
         shelf.recent.put(id, tensor.detach().cpu().clone())
@@ -140,7 +140,9 @@ def lineage_of(connection: sa.Connection, parents: Iterable[str]) -> tuple[list[
     for _ in range(_GENERATIONS):
         if len(seen) - len(direct) >= _ANCESTORS:
             break
-        query = sa.select(edges.c.parent).where(edges.c.child.in_(generation[:500])).order_by(edges.c.kind)
+        query = (
+            sa.select(edges.c.parent).where(edges.c.child.in_(generation[:500])).order_by(edges.c.kind, edges.c.parent)
+        )
         generation = [model for model in dict.fromkeys(connection.scalars(query)) if model not in seen]
         seen |= dict.fromkeys(generation)
     found = stored(connection, seen)
@@ -239,5 +241,4 @@ def _publish(connection: sa.Connection, draft: Draft, refs: Mapping[bytes, Ref],
         return
     rows = [{"parent": parent, "child": identity, "kind": "derived", "run": ""} for parent in draft.parents]
     rows = [row for row in rows if row["parent"] != identity]
-    if rows:
-        connection.execute(sa.insert(edges).prefix_with("OR IGNORE"), rows)
+    insert_missing(connection, edges, rows)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import sqlalchemy as sa
 
 from dynkit import catalog as tables
-from dynkit.catalog import Catalog
+from dynkit.catalog import Catalog, insert_missing
 from dynkit.data import Dataset
 from dynkit.errors import Conflict, DynkitError
 from dynkit.evaluation.matrix import Scored, rows_of
@@ -228,8 +228,7 @@ class Owner:
                 for kind, source in kinds.items()
                 if source not in (None, model)
             ]
-            if rows:
-                connection.execute(sa.insert(tables.edges).prefix_with("OR IGNORE"), rows)
+            insert_missing(connection, tables.edges, rows)
             self._update(connection, state=policies)
             committed.append((done, insert_event(connection, self.run, "trained", {**event, "model": model})))
 
@@ -286,7 +285,7 @@ class Owner:
 
     def _change(self, before: str, after: str) -> None:
         with self.catalog.write() as connection:
-            self._update(connection, status=after)
+            self._update(connection, status=after, progress=self._timed())
             insert_event(connection, self.run, {"paused": "paused", "running": "continued"}[after], {"was": before})
 
     def _beat(self) -> None:

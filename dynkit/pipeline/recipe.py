@@ -20,6 +20,7 @@ from dynkit.catalog import Catalog
 from dynkit.data import Dataset, Version, in_split
 from dynkit.evaluation import evaluate
 from dynkit.evaluation.matrix import Scored
+from dynkit.lineage.samples import files_of
 from dynkit.pipeline.declaration import Pipeline
 from dynkit.pipeline.payload import load
 from dynkit.pipeline.train import Outcome, train
@@ -53,7 +54,7 @@ class Recipe:
         runs = tables.runs
         with self._catalog.read() as connection:
             dataset = connection.scalar(sa.select(runs.c.dataset).where(runs.c.id == self.run))
-        parts = load(self._catalog.root / "runs" / self.run)
+        parts = load(files_of(self._catalog.root, self.run))
         self._home = Path.cwd(), torch.get_num_threads()
         return Pipeline(dataset=Dataset(self._catalog, str(dataset)), **parts)
 

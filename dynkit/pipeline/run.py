@@ -20,7 +20,7 @@ from dynkit.catalog import Catalog
 from dynkit.errors import Conflict, NotFound, WaitTimeout, did_you_mean
 from dynkit.evaluation.composite import CompositeKind, composite, mean_scores
 from dynkit.evaluation.transfer import transfer
-from dynkit.lineage.samples import read_selection
+from dynkit.lineage.samples import files_of, read_selection
 from dynkit.pipeline.owner import trained_of
 from dynkit.pipeline.process import ACTIVE, identity, true_status
 from dynkit.pipeline.scores import read_scores
@@ -309,6 +309,8 @@ class Run:
         ------
         Conflict
             When it has finished.
+        StorageError
+            When it was started in another directory of the workspace.
         """
         status = self.status
         runs = tables.runs
@@ -320,6 +322,7 @@ class Run:
             return self
         if status == "finished":
             raise Conflict(f"run {self.id} has finished; start the pipeline again for a new one")
+        files_of(self._catalog.root, self.id)
         with self._catalog.write() as connection:  # one of several who try gets it
             row = self._read_row(connection)
             if true_status(row) in ACTIVE:

@@ -1,0 +1,52 @@
+"""Where a workspace lives, and its tables."""
+
+from dynkit.catalog.catalog import Catalog
+from dynkit.catalog.databases import insert_missing, upsert
+from dynkit.catalog.tables import (
+    datasets,
+    edges,
+    evaluations,
+    events,
+    layouts,
+    models,
+    names,
+    notes,
+    origins,
+    packs,
+    recipes,
+    remotes,
+    results,
+    runs,
+    sketches,
+    structures,
+    tensors,
+    tests,
+    tokens,
+    triggers,
+)
+
+__all__ = [
+    "Catalog",
+    "datasets",
+    "edges",
+    "evaluations",
+    "events",
+    "insert_missing",
+    "layouts",
+    "models",
+    "names",
+    "notes",
+    "origins",
+    "packs",
+    "recipes",
+    "remotes",
+    "results",
+    "runs",
+    "sketches",
+    "structures",
+    "tensors",
+    "tests",
+    "tokens",
+    "triggers",
+    "upsert",
+]
