@@ -3,15 +3,15 @@
 A sample of a fixed kind is one row of bytes; a sample of a varying kind is a span of a long array. Storage knows only
 these two (`Rows` and `Spans`); the meaning stays here.
 
-==========  ==============================================  ===========================  ============================
-kind        declared as                                     stored as                    a batch has
-==========  ==============================================  ===========================  ============================
-array       ``("uint8", (3, 32, 32))``, ``"float32"``       the dtype (bfloat16: uint16) tensor (N, ...)
-record      a NumPy structured dtype                        uint8 (N, bytes)             one tensor per name in it
-sequence    ``("int32", (None,))``                          values and spans             jagged nested tensor (N, j)
-bytes       ``"bytes"``                                     values and spans             jagged nested tensor of uint8
-image       ``("image", (3, 224, 224))``                    the encoded files            uint8 tensor (N, 3, H, W)
-==========  ==============================================  ===========================  ============================
+========  =========================================  ============================  =============================
+kind      declared as                                stored as                     a batch has
+========  =========================================  ============================  =============================
+array     ``"float32"``, ``("uint8", (3, 32, 32))``  the dtype (bfloat16: uint16)  tensor (N, ...)
+record    a NumPy structured dtype                   uint8 (N, bytes)              one tensor per name in it
+sequence  ``("int32", (None,))``                     values and spans              jagged nested tensor (N, j)
+bytes     ``"bytes"``                                values and spans              jagged nested tensor of uint8
+image     ``("image", (3, 224, 224))``               the encoded files             uint8 tensor (N, 3, H, W)
+========  =========================================  ============================  =============================
 """
 
 import ast
