@@ -13,7 +13,7 @@ import google_crc32c
 import numpy as np
 import torch
 
-from dynkit.models.coding import BLOCK, Grouping, compress, decompress, unzigzag, zigzag
+from dynkit.models.coding import Grouping, compress, decompress
 from dynkit.models.prediction import Prediction, fitted, predict
 from dynkit.models.tensors import (
     Bits,
@@ -27,6 +27,7 @@ from dynkit.models.tensors import (
     restored,
     tensor_of,
     torch_dtype,
+    width,
 )
 
 __all__ = ["Frame", "Ref", "decode", "encode", "on_grid"]
@@ -96,7 +97,7 @@ def encode(
     admits: Callable[[Sequence[Ref], int], bool] = lambda refs, size: True,
     burden: Callable[[Sequence[Ref]], float] = lambda refs: 0.0,
     step: float = 0.0,
-) -> tuple[Frame, bytes]:
+) -> tuple[Frame, bytes, torch.Tensor]:
     """Find a small way to store a tensor.
 
     Parameters
@@ -115,7 +116,7 @@ def encode(
 
     Returns
     -------
-    Frame and its bytes
+    Frame, its bytes, and the tensor decoded from them
     """
     target = target.detach().cpu().contiguous()
     places = _Places([ref for ref, _ in bases], [base for _, base in bases], parents, admits, burden)
@@ -125,10 +126,11 @@ def encode(
             if coded is not None and admits(coded[0].bases, coded[0].size):
                 frame, data, grouping = coded
                 used = [places.tensors[places.refs.index(ref)] for ref in frame.bases]
-                if digest(frame.dtype, frame.shape, raw(decode(frame, data, used, grouping))) == key:
-                    return frame, data
+                decoded = decode(frame, data, used, grouping)
+                if digest(frame.dtype, frame.shape, raw(decoded)) == key:
+                    return frame, data, decoded
     data = raw(target).tobytes()
-    return _frame(key, target, "raw", data), data
+    return _frame(key, target, "raw", data), data, target.clone()
 
 
 @dataclass(frozen=True)
@@ -161,7 +163,7 @@ def _ranked(target: torch.Tensor, places: _Places, step: float) -> list[Predicti
         numbers = _residual(some, expected, step)
         if numbers is None:
             continue
-        bits = float(np.log2(numbers + 1.0).mean())
+        bits = float(np.log2(2 * np.abs(numbers.astype(np.float64)) + 1).mean())
         bits += bool(bits) * _EXTRA + 8 * len(prediction.side) / target.numel()
         if not places.admits(places.of(prediction), int(bits / 8 * target.numel())):
             continue
@@ -244,20 +246,15 @@ def _smallest(numbers: Bits, groups: Bits | None, coders: Sequence[str]) -> tupl
 
 
 def _residual(target: torch.Tensor, expected: torch.Tensor, step: float) -> Bits | None:
-    """Return what the prediction misses: numbers, small where it is near; None where it is on no grid of this step."""
+    """Return what the prediction misses, signed numbers (N,), small where it is near; None where it is on no grid of this step."""
     if step:
         steps = ((target.double() - expected.double()) / step).round().reshape(-1)
         if not bool((steps.abs() < 2**30).all()) or not on_grid(expected.reshape(-1), steps, step).equal(
             target.reshape(-1)
         ):
             return None
-        return zigzag(steps.to(torch.int32).numpy().view(np.uint32))
-    bits, near = bits_of(target), bits_of(expected)
-    numbers = np.empty_like(bits)
-    for start in range(0, len(bits), BLOCK):
-        part = slice(start, start + BLOCK)
-        numbers[part] = zigzag(ordered(bits[part], target.dtype) - ordered(near[part], target.dtype))
-    return numbers
+        return steps.to(torch.int32).numpy()
+    return np.subtract(bits_of(target), bits_of(expected)).view(f"<i{width(target.dtype)}")
 
 
 def _alone(target: torch.Tensor, step: float) -> Bits | None:
@@ -276,11 +273,9 @@ def decode(frame: Frame, data: Any, bases: Sequence[torch.Tensor], grouping: Gro
     """Inverse of `encode`: the tensor, in memory of its own; the grouping may be at hand."""
     dtype = torch_dtype(frame.dtype)
     count = frame.raw_bytes // max(1, dtype.itemsize // (2 if dtype.is_complex else 1))
-    numbers_of = np.dtype("<u4" if frame.step else f"<u{frame.raw_bytes // count if count else 1}")
-    view = memoryview(data)
-    side, rest = bytes(view[: frame.side]), view[frame.side :]
+    side, rest = (bytes(data[: frame.side]), data[frame.side :]) if frame.side else (b"", data)
     if frame.predictor == "none" and not frame.step:
-        bits = decompress(rest, frame.coder, count, numbers_of)
+        bits = decompress(rest, frame.coder, count, np.dtype(f"<u{width(dtype)}"))
         if frame.coder == "auto" and is_float(dtype) and frame.dtype not in ("float16", "float32", "float64"):
             bits = restored(bits, dtype)
         return tensor_of(bits, dtype, frame.shape)
@@ -294,15 +289,12 @@ def decode(frame: Frame, data: Any, bases: Sequence[torch.Tensor], grouping: Gro
         groups = exponents(bits_of(expected), dtype)
         assert groups is not None
         grouping = Grouping.by(groups)
-    numbers = decompress(rest, frame.coder, count, numbers_of, grouping)
+    numbers = decompress(rest, frame.coder, count, np.dtype("<i4" if frame.step else f"<i{width(dtype)}"), grouping)
     if frame.step:
-        steps = torch.from_numpy(unzigzag(numbers).view(np.int32)).reshape(frame.shape)
-        return on_grid(expected, steps, frame.step)
-    near = bits_of(expected)
-    for start in range(0, count, BLOCK):
-        part = slice(start, start + BLOCK)
-        numbers[part] = restored(ordered(near[part], dtype) + unzigzag(numbers[part]), dtype)
-    return tensor_of(numbers, dtype, frame.shape)
+        return on_grid(expected, torch.from_numpy(numbers).reshape(frame.shape), frame.step)
+    bits = numbers.view(f"<u{numbers.itemsize}")
+    bits += bits_of(expected)
+    return tensor_of(bits, dtype, frame.shape)
 
 
 def on_grid(expected: torch.Tensor, steps: torch.Tensor, step: float) -> torch.Tensor:

@@ -28,6 +28,7 @@ __all__ = [
     "tensor_id",
     "tensor_of",
     "torch_dtype",
+    "width",
 ]
 
 Bits = np.ndarray[Any, np.dtype[Any]]  # (N,) unsigned
@@ -67,7 +68,7 @@ def raw(tensor: torch.Tensor) -> Bits:
 
 def bits_of(tensor: torch.Tensor) -> Bits:
     """Elements as unsigned numbers of their width; complex ones as two each."""
-    return raw(tensor).view(f"<u{_width(tensor.dtype)}")
+    return raw(tensor).view(f"<u{width(tensor.dtype)}")
 
 
 def tensor_of(bits: Bits, dtype: torch.dtype, shape: "torch.Size | tuple[int, ...]") -> torch.Tensor:
@@ -77,7 +78,8 @@ def tensor_of(bits: Bits, dtype: torch.dtype, shape: "torch.Size | tuple[int, ..
     return torch.from_numpy(bits.view(np.uint8)).view(dtype).reshape(shape)
 
 
-def _width(dtype: torch.dtype) -> int:
+def width(dtype: torch.dtype) -> int:
+    """Bytes of the numbers that `bits_of` makes."""
     return dtype.itemsize // 2 if dtype.is_complex else dtype.itemsize
 
 
@@ -131,6 +133,7 @@ def exponents(bits: Bits, dtype: torch.dtype) -> Bits | None:
     mantissa = _mantissa(dtype)
     if mantissa is None:
         return None
-    narrow: Bits = (bits >> bits.dtype.type(mantissa)).astype(np.uint16 if bits.itemsize == 8 else np.uint8)
+    narrow = np.empty(len(bits), np.uint16 if bits.itemsize == 8 else np.uint8)
+    np.right_shift(bits, bits.dtype.type(mantissa), out=narrow, casting="unsafe")
     narrow &= narrow.dtype.type((1 << (bits.itemsize * 8 - 1 - mantissa)) - 1)
     return narrow

@@ -306,7 +306,7 @@ def _recoded(reader: Reader, id: int, plan: _Plan) -> Iterator[tuple[Frame | Non
             continue
         known = plan.related(ref)
         if known is not None:
-            again, data = coded_tensor(reader, frame.id, reader.base(ref), *known)
+            again, data, _ = coded_tensor(reader, frame.id, reader.base(ref), *known)
             bounded = reader.admits(frame.raw_bytes)(frame.bases, frame.size)
             stranded = any(plan.related(base) is None for base in frame.bases)  # it alone keeps what no model has
             if again.size < _WORTH * frame.size or not bounded or stranded:

@@ -25,6 +25,7 @@ from dynkit.models.tensors import manifest_id
 __all__ = ["Also", "Draft", "bases_of", "coded_tensor", "commit", "lineage_of", "related"]
 
 Also = Callable[[sa.Connection, str], None]
+Coded = tuple[Frame, bytes, torch.Tensor]  # from `encode`
 
 _GENERATIONS = 8  # of ancestors that are looked at
 _ANCESTORS = 12  # after which no further generation is
@@ -81,24 +82,24 @@ def commit(shelf: Shelf, draft: Draft, also: Also | None) -> None:
         known = _known(reader, draft.ids.values())
         new = {id: named for id, named in draft.tensors.items() if id not in known}
         coded = _coded(reader, draft, new)
-    relied = {*known.values(), *(base for frame, _ in coded for base in frame.bases)}
+    relied = {*known.values(), *(base for frame, *_ in coded for base in frame.bases)}
     if not coded:
         with shelf.catalog.write() as connection:
             _still_there(shelf, relied)
             _publish(connection, draft, known, also)
         return
     with shelf.writing() as file:
-        written = file.add(coded)
+        written = file.add((frame, data) for frame, data, _ in coded)
         shelf.publish(file)
         with shelf.catalog.write() as connection:
             _still_there(shelf, relied)
             pack = _insert_pack(connection, file.name, written)
-            refs = {frame.id: (pack, slot) for slot, (frame, _) in enumerate(coded)}
+            refs = {frame.id: (pack, slot) for slot, (frame, *_) in enumerate(coded)}
             rows = [{"key": key_of(id), "pack": pack, "slot": slot} for id, (_, slot) in refs.items()]
             insert_missing(connection, tensors, rows)
             _publish(connection, draft, known | refs, also)
-    for id, (_, tensor) in new.items():
-        shelf.recent.put(id, tensor.detach().cpu().clone())
+    for frame, _, tensor in coded:
+        shelf.recent.put(frame.id, tensor)
 
 
 def _known(reader: Reader, ids: Iterable[bytes]) -> dict[bytes, Ref]:
@@ -118,14 +119,14 @@ def key_of(id: bytes) -> int:
     return int.from_bytes(id[:8], "big", signed=True)
 
 
-def _coded(reader: Reader, draft: Draft, new: Mapping[bytes, tuple[str, torch.Tensor]]) -> list[tuple[Frame, bytes]]:
+def _coded(reader: Reader, draft: Draft, new: Mapping[bytes, tuple[str, torch.Tensor]]) -> list[Coded]:
     if not new:
         return []
     with reader.catalog.read() as connection:
         parents, earlier = lineage_of(connection, draft.parents)
     reader.prepare({pack for model in (*parents, *earlier) for pack, _ in model.refs.values()})
 
-    def code(item: tuple[bytes, tuple[str, torch.Tensor]]) -> tuple[Frame, bytes]:
+    def code(item: tuple[bytes, tuple[str, torch.Tensor]]) -> Coded:
         id, (name, tensor) = item
         return coded_tensor(reader, id, tensor, *related(name, parents, earlier), step=draft.step)
 
@@ -169,7 +170,7 @@ def _matched(name: str, refs: Mapping[str, Ref]) -> Ref | None:
 
 def coded_tensor(
     reader: Reader, id: bytes, tensor: torch.Tensor, parents: list[Ref], earlier: list[Ref], *, step: float = 0.0
-) -> tuple[Frame, bytes]:
+) -> Coded:
     """Code one tensor with those related ones that its decoding may depend on."""
     admits = reader.admits(tensor.nbytes)
     direct = _usable(reader, tensor, parents, _LOSSY if step else 0)
