@@ -49,7 +49,9 @@ def test_order_of_numbers_is_order_of_values(dtype: torch.dtype) -> None:
 
 @given(
     hnp.arrays(
-        st.sampled_from(["uint8", "uint16", "int8", "int32", "int64"]), st.integers(1, 300), elements=st.integers(0, 127)
+        st.sampled_from(["uint8", "uint16", "int8", "int32", "int64"]),
+        st.integers(1, 300),
+        elements=st.integers(0, 127),
     ),
     st.sampled_from(["grouped", "plain", "auto", "planes", "bytes", "raw"]),
     st.integers(0, 3),
@@ -155,6 +157,7 @@ def test_resized_and_reordered_rows_cost_the_new_ones() -> None:
     base = noise(500, 64)
     assert stored(torch.cat([base, noise(5, 64, seed=1)]), base).size < 5 * 64 * 4 + 200
     assert stored(base[:300], base).size == 0
+    assert stored(noise(7), torch.tensor(1.0)).predictor == "none"
     chosen = torch.randperm(500, generator=torch.Generator().manual_seed(0))[:400]
     assert stored(base[chosen], base).size < 1200
 

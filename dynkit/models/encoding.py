@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import google_crc32c
 import numpy as np
 import torch
+from xxhash import xxh3_64_intdigest
 
 from dynkit.models.coding import Grouping, compress, decompress
 from dynkit.models.prediction import Prediction, fitted, predict
@@ -57,8 +57,8 @@ class Frame:
     dtype, shape
     size : int
         Stored bytes.
-    crc : int
-        CRC-32C of them.
+    checksum : int
+        XXH3 of them.
     coder : str
     predictor : str
     options : tuple
@@ -74,7 +74,7 @@ class Frame:
     dtype: str
     shape: tuple[int, ...]
     size: int
-    crc: int
+    checksum: int
     coder: str
     predictor: str = "none"
     options: tuple[Any, ...] = ()
@@ -223,7 +223,7 @@ def _coded(
 
 def _frame(key: bytes, target: torch.Tensor, coder: str, data: bytes, **described: Any) -> Frame:
     shape = tuple(target.shape)
-    return Frame(key, dtype_name(target.dtype), shape, len(data), google_crc32c.value(data), coder, **described)
+    return Frame(key, dtype_name(target.dtype), shape, len(data), xxh3_64_intdigest(data), coder, **described)
 
 
 def _smallest(numbers: Bits, groups: Bits | None, coders: Sequence[str]) -> tuple[str, bytes, Grouping | None]:
@@ -246,7 +246,7 @@ def _smallest(numbers: Bits, groups: Bits | None, coders: Sequence[str]) -> tupl
 
 
 def _residual(target: torch.Tensor, expected: torch.Tensor, step: float) -> Bits | None:
-    """Return what the prediction misses, signed numbers (N,), small where it is near; None where it is on no grid of this step."""
+    """Return what the prediction misses, signed, small where it is near; None where it is on no grid of this step."""
     if step:
         steps = ((target.double() - expected.double()) / step).round().reshape(-1)
         if not bool((steps.abs() < 2**30).all()) or not on_grid(expected.reshape(-1), steps, step).equal(

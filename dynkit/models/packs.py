@@ -16,9 +16,9 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 import sqlalchemy as sa
 from numcodecs.zstd import Zstd
+from xxhash import xxh3_64_intdigest
 
 from dynkit import catalog as tables
 from dynkit.disk import flush
@@ -106,7 +106,7 @@ def _packed(frames: Sequence[Frame | None]) -> bytes:
     rows = [None if frame is None else _trimmed(astuple(frame)[1:]) for frame in frames]
     rest = Zstd(_LEVEL).encode(json.dumps(rows, separators=(",", ":")).encode())
     body = len(ids).to_bytes(4, "little") + ids + bytes(rest)
-    return int(google_crc32c.value(body)).to_bytes(4, "little") + body
+    return xxh3_64_intdigest(body).to_bytes(8, "little") + body
 
 
 _DEFAULTS = ("none", (), (), 0, 0.0)  # of the last fields of a Frame
@@ -121,10 +121,10 @@ def _trimmed(fields: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _unpacked(data: bytes) -> list[Frame | None]:
-    if google_crc32c.value(data[4:]) != int.from_bytes(data[:4], "little"):
+    if xxh3_64_intdigest(data[8:]) != int.from_bytes(data[:8], "little"):
         raise ValueError("its checksum does not fit")
-    split = 8 + int.from_bytes(data[4:8], "little")
-    ids = iter(data[at : at + _ID_BYTES] for at in range(8, split, _ID_BYTES))
+    split = 12 + int.from_bytes(data[8:12], "little")
+    ids = iter(data[at : at + _ID_BYTES] for at in range(12, split, _ID_BYTES))
     rows = json.loads(Zstd().decode(data[split:]))
     return [None if row is None else _frame(next(ids), row) for row in rows]
 
@@ -132,13 +132,13 @@ def _unpacked(data: bytes) -> list[Frame | None]:
 def _frame(key: bytes, row: list[Any]) -> Frame:
     known = len(row) - 5  # of the fields that `_trimmed` may leave out
     fields: list[Any] = [*row, *_DEFAULTS[known:]]
-    dtype, shape, size, crc, coder, predictor, options, bases, side, step = fields
+    dtype, shape, size, checksum, coder, predictor, options, bases, side, step = fields
     return Frame(
         key,
         dtype,
         tuple(shape),
         size,
-        crc,
+        checksum,
         coder,
         predictor,
         tuple(options),

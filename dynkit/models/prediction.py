@@ -166,7 +166,7 @@ def _unpack_mask(side: bytes, shape: torch.Size) -> torch.Tensor:
 
 def _by_rows(target: torch.Tensor, parent: torch.Tensor, place: int) -> Iterator[Prediction]:
     """Rows that the parent has too, in place or elsewhere."""
-    if target.dtype != parent.dtype or target.dim() == 0 or target.shape[1:] != parent.shape[1:]:
+    if target.dtype != parent.dtype or not (target.dim() and parent.dim()) or target.shape[1:] != parent.shape[1:]:
         return
     common = min(len(target), len(parent))
     if not common or not target[0].numel():

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Any
 
-import google_crc32c
 import torch
+from xxhash import xxh3_64_intdigest
 
 from dynkit.errors import StorageError
 from dynkit.models.encoding import Frame, Ref, decode
@@ -142,7 +142,7 @@ class Reader:
             self._recent.put(key, known)
             return known.clone()
         frame, data = self.data(ref)
-        if google_crc32c.value(data) != frame.crc:
+        if xxh3_64_intdigest(data) != frame.checksum:
             raise self._damaged(ref, frame)
         return known.clone()
 

@@ -133,7 +133,7 @@ def exponents(bits: Bits, dtype: torch.dtype) -> Bits | None:
     mantissa = _mantissa(dtype)
     if mantissa is None:
         return None
-    narrow = np.empty(len(bits), np.uint16 if bits.itemsize == 8 else np.uint8)
+    narrow: Bits = np.empty(len(bits), np.uint16 if bits.itemsize == 8 else np.uint8)
     np.right_shift(bits, bits.dtype.type(mantissa), out=narrow, casting="unsafe")
     narrow &= narrow.dtype.type((1 << (bits.itemsize * 8 - 1 - mantissa)) - 1)
     return narrow

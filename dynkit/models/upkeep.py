@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import google_crc32c
 import sqlalchemy as sa
+from xxhash import xxh3_64_intdigest
 
 from dynkit import html
 from dynkit.catalog import edges, layouts, models, packs, tensors
@@ -89,7 +89,7 @@ def inspect(shelf: Shelf, checked: Sequence[Stored], *, deep: bool) -> list[Dama
                     frame = reader.frame(ref)
                     for base in frame.bases:
                         needs[ref] |= check(base)
-                    if google_crc32c.value(reader.data(ref)[1]) != frame.crc:
+                    if xxh3_64_intdigest(reader.data(ref)[1]) != frame.checksum:
                         raise StorageError(f"its bytes in {reader.pack(ref[0]).file} do not fit their checksum")
                     if deep and not needs[ref]:
                         reader.base(ref)

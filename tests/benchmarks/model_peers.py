@@ -8,6 +8,7 @@ smaller or when a test gets worse by more than 2 %; equal tensors are stored onc
 
 import io
 import lzma
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -18,6 +19,12 @@ from safetensors.torch import save
 
 from dynkit.models import tensor_id
 from dynkit.models.tensors import bits_of, raw
+
+try:
+    with warnings.catch_warnings(action="ignore"):  # it uses torch.jit
+        from zipnn import ZipNN
+except ImportError:  # it is built from source, which needs a C compiler
+    ZipNN = None
 
 _STEP = 2 * np.log(1 + 1e-4)
 _ID_BYTES = 32
@@ -60,12 +67,35 @@ def xor_planes(nodes: Sequence[Node]) -> int:
     return sum(sizes.values())
 
 
+def zipnn(nodes: Sequence[Node]) -> int:
+    """Equal tensors once; others by ZipNN, alone or as XOR with the first parent's, whichever is smaller."""
+    coders = {
+        dtype: ZipNN(input_format="byte", bytearray_dtype=str(dtype).removeprefix("torch."))
+        for dtype in (torch.float32, torch.bfloat16, torch.float16)
+    }
+    states = {node.name: node.state for node in nodes}
+    sizes: dict[str, int] = {}
+    for node in nodes:
+        parent = states[node.parents[0]] if node.parents else {}
+        for name, tensor in node.state.items():
+            key = tensor_id(tensor)
+            if key in sizes:
+                continue
+            candidates, base = [raw(tensor)], parent.get(name)
+            if base is not None and base.shape == tensor.shape and base.dtype == tensor.dtype:
+                candidates.append(candidates[0] ^ raw(base))
+            coder = coders.get(tensor.dtype)
+            coded = [len(coder.compress(bytearray(c.tobytes()))) for c in candidates if coder and c.size]
+            sizes[key] = _ID_BYTES + min([*coded, tensor.nbytes])
+    return sum(sizes.values())
+
+
 LOSSLESS = {
     "torch.save": torch_save,
     "safetensors + zstd": safetensors_zstd,
     "tensor dedup": hash_dedup,
     "dedup + XOR planes + zstd": xor_planes,
-}
+} | ({"dedup + XOR + ZipNN": zipnn} if ZipNN is not None else {})
 
 
 def mgit(nodes: Sequence[Node]) -> tuple[int, float]:

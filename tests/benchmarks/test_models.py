@@ -75,7 +75,7 @@ def test_lossless_sizes(tmp_path: Path) -> None:
         print(
             f"| {name} | {len(nodes)} | {raw / 1e6:.1f} | **{raw / stored:.2f}** | {others} | {gain:.1%} |", flush=True
         )
-        assert gain > 0, name
+        assert workspace.models.stats().pack_bytes < min(sizes.values()), name  # a catalog has some empty pages
         if name.startswith("B3"):
             assert all(_own_bytes(workspace.models, ids, node) < 2000 for node in nodes if node.kind == "master")
         if name.startswith("B4"):
