@@ -103,6 +103,7 @@ def _configure_sqlite(connection: Any, record: Any) -> None:
     connection.isolation_level = None  # transactions begin in _begin_sqlite, not when sqlite3 guesses
     cursor = connection.cursor()
     cursor.execute(f"PRAGMA busy_timeout = {_WAIT_S * 1000}")
+    cursor.execute("PRAGMA page_size = 1024")  # of a new file: a small workspace has many tables of a few rows
     cursor.execute("PRAGMA journal_mode = WAL")
     cursor.execute("PRAGMA synchronous = FULL")  # a committed trigger survives a power cut
     cursor.execute("PRAGMA foreign_keys = ON")
