@@ -291,6 +291,8 @@ class Batches:
         batch = self._version.tensors(stored)
         if weights is not None:
             batch["weight"] = weights
+        if self._device.type == "cpu":
+            return batch
         if self._device.type != "cuda":
             return {name: tensor.to(self._device) for name, tensor in batch.items()}
         with torch.cuda.stream(self._copies):  # beside the stream that computes
@@ -355,7 +357,9 @@ def _in_time(tasks: Iterator[Callable[[], T]]) -> Iterator[T]:
 
 def _cut(batch: Batch, sizes: list[int]) -> Iterator[Batch]:
     """Cut a batch into parts that follow each other."""
-    if any(tensor.is_nested for tensor in batch.values()):
+    if len(sizes) == 1:
+        yield batch
+    elif any(tensor.is_nested for tensor in batch.values()):
         ends = np.cumsum(sizes).tolist()
         yield from (slice_batch(batch, end - size, end) for size, end in zip(sizes, ends, strict=True))
     else:

@@ -16,6 +16,7 @@ image     ``("image", (3, 224, 224))``               the encoded files          
 
 import ast
 import io
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -104,7 +105,7 @@ class Field:
         """Bytes of one sample as stored; of a varying field, of its span."""
         if self.varies:
             return 16
-        return self.stored_dtype.itemsize * int(np.prod(self.stored_shape, dtype=np.int64))
+        return self.stored_dtype.itemsize * math.prod(self.stored_shape)
 
     @cached_property
     def record(self) -> np.dtype[Any]:

@@ -5,6 +5,7 @@ rounds. A peer that is not installed is left out.
 """
 
 import importlib
+import os
 import subprocess
 import sys
 import tempfile
@@ -23,6 +24,12 @@ import dynkit as dk
 
 SHAPES = {"160 B": ((160,), 2_000_000, 512), "3 KB": ((3, 32, 32), 200_000, 512), "150 KB": ((3, 224, 224), 5_000, 64)}
 SHARES = (0.01, 0.1, 1.0)
+
+
+@pytest.fixture(autouse=True)
+def all_threads() -> None:
+    """As outside of tests: torch's number of threads is that of the cores."""
+    torch.set_num_threads(os.cpu_count() or 1)
 
 
 def have(module: str) -> bool:
