@@ -154,6 +154,31 @@ def test_outputs_and_gradients_are_those_of_a_pass_of_its_own(make: Callable[[],
     assert flops <= share * all_flops
 
 
+@pytest.mark.parametrize("rows", [torch.arange(N).flip(0), torch.arange(N) // 2], ids=["all", "twice"])
+def test_as_many_rows_as_before_are_not_taken_for_something_else(rows: torch.Tensor) -> None:
+    """Where samples are the second dimension, rows are not samples, though they may be as many."""
+
+    class Second(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.norm = nn.Linear(8, N * 2), nn.LayerNorm(2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = self.first(x).unflatten(1, (N, 2)).transpose(0, 1)
+            over_all = functional.layer_norm(x.relu(), x.shape)
+            return self.norm(h.relu())[:N].mean(0) + self.norm(self.first(x)[:, :2].relu()) + over_all[:, :2]
+
+    with seeded(0):
+        model, x = Second(), torch.randn(N, 8)
+    recorded = Recorded()
+    with torch.no_grad():
+        with recorded:
+            model(x)
+        with Kept(recorded, rows, N):
+            outputs = model(x[rows])
+        torch.testing.assert_close(outputs, model(x[rows]), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("changed", ["input", "weight", "order"])
 def test_what_is_not_the_same_is_computed(changed: str) -> None:
     with seeded(0):
