@@ -193,6 +193,12 @@ def test_craig_chooses_medoids_and_weights_them_by_the_samples_they_stand_for() 
     assert weights.tolist() == np.bincount(distance[:, expected].argmin(1), minlength=8).tolist()
 
 
+@pytest.mark.parametrize("x", [[[0.0], [1.0]], [[2.0], [2.0], [2.0]], [[-1.0], [0.0], [1.0]]])
+def test_one_sample_of_craig_stands_for_all_however_far(x: list[list[float]]) -> None:
+    _, weights = selection.Craig(n=1)._choose(torch.tensor(x), 1, rng())
+    assert weights.tolist() == [len(x)]
+
+
 def test_craig_stands_for_all_samples_of_each_class() -> None:
     chosen = picked(selection.Craig(fraction=0.1), STREAM, [300], model=True)
     labels = STREAM["label"].to_numpy()

@@ -206,7 +206,7 @@ class Facilities:
     def add(self, row: int) -> None:
         """See `SetFunction`."""
         costs = self._costs(torch.tensor([row]))[0]
-        self.served_by[(costs < self._nearest).cpu()] = row
+        self.served_by[(costs < self._nearest).cpu() | (self.served_by < 0)] = row  # the first serves the farthest, too
         self._nearest = torch.minimum(costs, self._nearest)
 
     def _costs(self, rows: torch.Tensor) -> torch.Tensor:
