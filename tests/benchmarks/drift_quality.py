@@ -22,7 +22,7 @@ import dynkit as dk
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")
 LEVEL, PERMUTATIONS = 0.05, 99
-SPLITS, SEEDS = 300, 3
+SPLITS, SEEDS = 300, 10
 REFERENCE, WINDOW, BEFORE, AFTER = 1000, 250, 8, 8  # samples, samples, windows, windows
 ON_OUTPUTS = ("bbsds", "bbsdh")
 KINDS = ("carrier", "origin")
