@@ -24,6 +24,7 @@ __all__ = ["Figure", "composite", "cost", "decisions", "estimates", "matrix"]
 _COLOURS = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000"]
 _WIDTH = 640
 _SHORT_ID = 8
+_TIME = (pl.col("window_start") + (pl.col("window_end") - pl.col("window_start")) / 2).alias("time")
 
 
 @dataclass(frozen=True)
@@ -116,8 +117,7 @@ def composite(curves: Mapping[str, pl.DataFrame], metric: str | None = None, *, 
     if not picked:
         raise InvalidInput("no curve has a window; the runs trained no model that answers for one")
     chosen = picked[0][1]
-    middle = pl.col("window_start") + (pl.col("window_end") - pl.col("window_start")) / 2
-    frame = pl.concat([curve.select(middle.alias("time"), "value", pipeline=pl.lit(name)) for name, _, curve in picked])
+    frame = pl.concat([curve.select(_TIME, "value", pipeline=pl.lit(name)) for name, _, curve in picked])
     names = [name for name, _, _ in picked]
     colour = alt.Color("pipeline:N", sort=names, scale=alt.Scale(domain=names, range=_COLOURS), title=None)
     encoding: dict[str, Any] = {
@@ -225,8 +225,7 @@ def estimates(frame: pl.DataFrame, curve: pl.DataFrame | None = None) -> Figure:
     told = seen.select(pl.col("timestamp").alias("time"), "low", "high", value="score", accuracy=pl.lit("estimated"))
     parts, names = [told], ["estimated"]
     if curve is not None:
-        middle = pl.col("window_start") + (pl.col("window_end") - pl.col("window_start")) / 2
-        true = _one_metric(curve, "accuracy")[1].select(middle.alias("time"), "value", accuracy=pl.lit("true"))
+        true = _one_metric(curve, "accuracy")[1].select(_TIME, "value", accuracy=pl.lit("true"))
         parts, names = [told, true], ["estimated", "true"]
     data = pl.concat(parts, how="diagonal_relaxed")
     x = alt.X("time:T", title=None, scale=alt.Scale(type="utc"), axis=_time_axis(data["time"]))

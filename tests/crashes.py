@@ -8,9 +8,10 @@ import os
 import signal
 import sys
 import time
-import traceback
+from functools import partial
 
 import numpy as np
+from forks import begun
 
 State = dict[int, tuple[float, int | None, int]]  # key: value of x, label, timestamp
 FIELDS = {"x": ("float32", (4,)), "t": ("int32", (None,))}
@@ -94,17 +95,7 @@ def main() -> None:
 
     print("ready", flush=True)
     for line in sys.stdin:
-        waiting, started = os.pipe()
-        child = os.fork()
-        if not child:
-            try:
-                _change(sys.argv[1], started)
-            finally:
-                traceback.print_exc()
-                os._exit(1)
-        os.close(started)
-        os.read(waiting, 1)
-        os.close(waiting)
+        child = begun(partial(_change, sys.argv[1]))
         time.sleep(float(line))
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)

@@ -8,7 +8,9 @@ import os
 import signal
 import sys
 import time
-import traceback
+from functools import partial
+
+from forks import begun
 
 
 def _push(root: str, started: int) -> None:
@@ -27,17 +29,7 @@ def main() -> None:
 
     print("ready", flush=True)
     for line in sys.stdin:
-        waiting, started = os.pipe()
-        child = os.fork()
-        if not child:
-            try:
-                _push(sys.argv[1], started)
-            finally:
-                traceback.print_exc()
-                os._exit(1)
-        os.close(started)
-        os.read(waiting, 1)
-        os.close(waiting)
+        child = begun(partial(_push, sys.argv[1]))
         start_s, ended = time.monotonic(), 0
         while not ended and time.monotonic() < start_s + float(line):
             time.sleep(min(0.001, float(line)))

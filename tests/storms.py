@@ -9,9 +9,10 @@ import os
 import signal
 import sys
 import time
-import traceback
+from functools import partial
 
 import numpy as np
+from forks import begun
 
 
 def work(root: str, removes: bool, started: int) -> None:
@@ -46,25 +47,6 @@ def work(root: str, removes: bool, started: int) -> None:
                 store.remove(models[rng.integers(len(models))])
 
 
-def _children(root: str, count: int, removes: bool) -> list[int]:
-    children = []
-    waiting, started = os.pipe()
-    for _ in range(count):
-        child = os.fork()
-        if not child:
-            try:
-                work(root, removes, started)
-            finally:
-                traceback.print_exc()
-                os._exit(1)
-        children.append(child)
-    for _ in children:
-        os.read(waiting, 1)
-    os.close(waiting)
-    os.close(started)
-    return children
-
-
 def main() -> None:
     import torch  # noqa: F401  # what takes long, once
 
@@ -74,7 +56,7 @@ def main() -> None:
     print("ready", flush=True)
     for line in sys.stdin:
         count, seconds, *removes = line.split()
-        children = _children(sys.argv[1], int(count), bool(removes))
+        children = [begun(partial(work, sys.argv[1], bool(removes))) for _ in range(int(count))]
         time.sleep(float(seconds))
         ends = []
         for child in children:

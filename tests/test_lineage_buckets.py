@@ -143,7 +143,7 @@ def test_packs_of_pushes_that_did_not_end_are_removed_once_they_are_old(
     boto3.client("s3", endpoint_url=server).put_object(**left)
     ws.lineage.push()
     assert len(objects(bucket, server)) == len(whole) + 1
-    monkeypatch.setattr("dynkit.lineage.buckets._ORPHAN_AGE_S", 0.0)  # a day later
+    monkeypatch.setattr("dynkit.lineage.buckets.ORPHAN_AGE_S", 0.0)  # a day later
     ws.lineage.push()
     assert objects(bucket, server).keys() == whole
     assert dk.Workspace.clone(bucket, tmp_path / "b").models.fsck(deep=True) == []

@@ -24,11 +24,11 @@ from blake3 import blake3
 from dynkit.disk import flush
 from dynkit.errors import Conflict, DynkitError, StorageError
 
-__all__ = ["Folder", "Remote", "Store", "open_store", "storage_errors"]
+__all__ = ["ORPHAN_AGE_S", "Folder", "Remote", "Store", "open_store", "storage_errors"]
 
 _PART_BYTES = 8 << 20  # of a parallel download
 _CONNECTIONS = 16
-_ORPHAN_AGE_S = 24 * 3600.0  # a remote writer may be at work on a younger file
+ORPHAN_AGE_S = 24 * 3600.0  # a remote writer may be at work on a younger file
 _LOCK_WAIT_S = 30.0
 
 
@@ -272,7 +272,7 @@ class Remote:
 
     def orphans(self, known: set[str], *, erase: bool = False) -> list[str]:
         """See `Store`."""
-        old = math.inf if erase else time.time() - _ORPHAN_AGE_S
+        old = math.inf if erase else time.time() - ORPHAN_AGE_S
         return sorted(
             entry["path"]
             for page in self._obstore.list(self._store)

@@ -19,7 +19,7 @@ from pathlib import Path
 from blake3 import blake3
 
 from dynkit.catalog import Catalog
-from dynkit.data.store import Remote, storage_errors
+from dynkit.data.store import ORPHAN_AGE_S, Remote, storage_errors
 from dynkit.errors import NotFound, StorageError
 from dynkit.models.shelf import Shelf
 
@@ -27,7 +27,6 @@ __all__ = ["Bucket", "OvertakenError", "is_url"]
 
 _FILE = "catalog.sqlite"
 _WORTH = 10.0  # how much longer a push works than it saves
-_ORPHAN_AGE_S = 24 * 3600.0  # as of a bucket's files in general
 
 
 class OvertakenError(Exception):
@@ -127,7 +126,7 @@ class Bucket:
     def tidy(self, catalog: Catalog) -> None:
         """Remove the packs of pushes that did not come to their end, once nobody can be at work on them."""
         shelf = Shelf(catalog)
-        shelf.discard(shelf.orphans(_ORPHAN_AGE_S))
+        shelf.discard(shelf.orphans(ORPHAN_AGE_S))
 
 
 def _copy(file: Path, draft: Path) -> None:

@@ -148,10 +148,8 @@ def _remove(connection: sa.Connection, model: str, instead: str | None) -> None:
     """Delete a model; names, tags and notes go to the one that is there instead, if any."""
     if instead is not None:
         connection.execute(sa.update(names).where(names.c.model == model).values(model=instead))
-        rows = connection.execute(sa.select(notes).where(notes.c.model == model)).all()
-        if rows:
-            moved = [{**row._asdict(), "model": instead} for row in rows]
-            insert_missing(connection, notes, moved)
+        rows = connection.execute(sa.select(notes).where(notes.c.model == model))
+        insert_missing(connection, notes, [{**row._asdict(), "model": instead} for row in rows])
     connection.execute(sa.delete(edges).where(sa.or_(edges.c.parent == model, edges.c.child == model)))
     for table in (names, evaluations):
         connection.execute(sa.delete(table).where(table.c.model == model))

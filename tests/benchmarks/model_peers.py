@@ -9,7 +9,7 @@ smaller or when a test gets worse by more than 2 %; equal tensors are stored onc
 import io
 import lzma
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -49,8 +49,8 @@ def hash_dedup(nodes: Sequence[Node]) -> int:
     return sum(sizes.values())
 
 
-def xor_planes(nodes: Sequence[Node]) -> int:
-    """Equal tensors once; others as XOR with the first parent's, byte planes, zstd: BitX and ZipLLM."""
+def _once(nodes: Sequence[Node], size: Callable[[torch.Tensor, torch.Tensor | None], int]) -> int:
+    """Each different tensor by its size, given what the first parent has in its place, but no larger than it is."""
     states = {node.name: node.state for node in nodes}
     sizes: dict[str, int] = {}
     for node in nodes:
@@ -59,12 +59,20 @@ def xor_planes(nodes: Sequence[Node]) -> int:
             key = tensor_id(tensor)
             if key in sizes:
                 continue
-            bits, base = bits_of(tensor), parent.get(name)
-            if base is not None and base.shape == tensor.shape and base.dtype == tensor.dtype:
-                bits = bits ^ bits_of(base)
-            planes = np.ascontiguousarray(bits.view(np.uint8).reshape(-1, bits.itemsize).T)
-            sizes[key] = _ID_BYTES + min(len(Zstd(3).encode(planes)), tensor.nbytes)
+            base = parent.get(name)
+            fits = base is not None and base.shape == tensor.shape and base.dtype == tensor.dtype
+            sizes[key] = _ID_BYTES + min(size(tensor, base if fits else None), tensor.nbytes)
     return sum(sizes.values())
+
+
+def xor_planes(nodes: Sequence[Node]) -> int:
+    """Equal tensors once; others as XOR with the first parent's, byte planes, zstd: BitX and ZipLLM."""
+
+    def size(tensor: torch.Tensor, base: torch.Tensor | None) -> int:
+        bits = bits_of(tensor) if base is None else bits_of(tensor) ^ bits_of(base)
+        return len(Zstd(3).encode(np.ascontiguousarray(bits.view(np.uint8).reshape(-1, bits.itemsize).T)))
+
+    return _once(nodes, size)
 
 
 def zipnn(nodes: Sequence[Node]) -> int:
@@ -73,21 +81,15 @@ def zipnn(nodes: Sequence[Node]) -> int:
         dtype: ZipNN(input_format="byte", bytearray_dtype=str(dtype).removeprefix("torch."))
         for dtype in (torch.float32, torch.bfloat16, torch.float16)
     }
-    states = {node.name: node.state for node in nodes}
-    sizes: dict[str, int] = {}
-    for node in nodes:
-        parent = states[node.parents[0]] if node.parents else {}
-        for name, tensor in node.state.items():
-            key = tensor_id(tensor)
-            if key in sizes:
-                continue
-            candidates, base = [raw(tensor)], parent.get(name)
-            if base is not None and base.shape == tensor.shape and base.dtype == tensor.dtype:
-                candidates.append(candidates[0] ^ raw(base))
-            coder = coders.get(tensor.dtype)
-            coded = [len(coder.compress(bytearray(c.tobytes()))) for c in candidates if coder and c.size]
-            sizes[key] = _ID_BYTES + min([*coded, tensor.nbytes])
-    return sum(sizes.values())
+
+    def size(tensor: torch.Tensor, base: torch.Tensor | None) -> int:
+        coder = coders.get(tensor.dtype)
+        if coder is None or not tensor.numel():
+            return tensor.nbytes
+        candidates = [raw(tensor), *([] if base is None else [raw(tensor) ^ raw(base)])]
+        return min(len(coder.compress(bytearray(one.tobytes()))) for one in candidates)
+
+    return _once(nodes, size)
 
 
 LOSSLESS = {
