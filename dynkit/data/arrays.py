@@ -11,7 +11,6 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +23,7 @@ from dynkit.time import IntArray
 
 __all__ = ["ArraySegment", "Decoded", "Mapped", "Memory", "take_rows", "take_stored"]
 
-_PARALLEL_BYTES = 1 << 20  # a smaller copy is over before a second thread has begun
+_PIECE_BYTES = 1 << 20  # copied without the interpreter's lock; less is over before a second thread has begun
 _SPARES = 4  # arrays of one name: two with the reader, two ahead
 _WORKERS = min(os.cpu_count() or 1, 8)
 
@@ -230,16 +229,18 @@ def take_rows(table: Array, rows: IntArray, out: Array | None = None) -> Array:
         number = f"u{table.shape[1]}"
         np.take(table.view(number)[:, 0], rows, out=out.view(number)[:, 0], mode="clip")
         return out
-    if out.nbytes < _PARALLEL_BYTES or _WORKERS == 1:
-        return np.take(table, rows, axis=0, out=out, mode="clip") if len(rows) else out
-    cuts = [len(rows) * i // _WORKERS for i in range(_WORKERS + 1)]
-    copies = [
-        threads().submit(np.take, table, rows[low:high], axis=0, out=out[low:high], mode="clip")
-        for low, high in pairwise(cuts[:-1])
-    ]
-    np.take(table, rows[cuts[-2] :], axis=0, out=out[cuts[-2] :], mode="clip")
-    for copy in copies:
-        copy.result()
+    step = max(1, _PIECE_BYTES // max(1, table.shape[1]))
+    pieces = iter(range(0, len(rows), step))
+
+    def copy() -> None:
+        for low in pieces:
+            np.take(table, rows[low : low + step], axis=0, out=out[low : low + step], mode="clip")
+
+    helpers = [threads().submit(copy) for _ in range(min(_WORKERS, len(rows) // step) - 1)]
+    copy()
+    for helper in helpers:
+        if not helper.cancel():  # one that has not begun is not waited for
+            helper.result()
     return out
 
 

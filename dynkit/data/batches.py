@@ -30,9 +30,10 @@ __all__ = ["Batch", "Batches", "length_of", "slice_batch", "take_batch"]
 
 Batch = dict[str, torch.Tensor]
 
-_SUPER_BATCH_BYTES = 8 << 20  # stays in the processor's last cache until its batches are used
+_SUPER_BATCH_BYTES = 16 << 20  # so that two threads copy for longer than one takes to wake up
 _CACHE_BYTES = 512 << 20
 _MEMORY_BYTES = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+_WORTH_HIDING = 10  # a load that takes more than this part of the time between two of them
 _LAST = ("keep", "drop", "join")
 
 
@@ -244,8 +245,9 @@ class Batches:
         for low, high in self._groups(len(sizes), rows):
             places = self._places(begins[low:high], sizes[low:high])
             some = places if order is None else order[places]
+            stored = self._rows[some] if isinstance(some, slice) else self._rows.take(some)
             weights = None if self._weights is None else self._weights[some].clone()
-            yield _Piece(self._rows[some], weights, sizes[low:high])
+            yield _Piece(stored, weights, sizes[low:high])
 
     def _groups(self, batches: int, rows: int) -> list[tuple[int, int]]:
         """Cut ``range(batches)`` into groups of about so many samples."""
@@ -269,7 +271,7 @@ class Batches:
 
     def _windows(self) -> Iterator[tuple[dict[str, Stored], torch.Tensor | None]]:
         """Super-batches out of windows; a window is read while the one before is used."""
-        memory = Memory()
+        memory = self._version.windows
 
         def load(piece: _Piece) -> tuple[dict[str, Stored], IntArray, _Piece]:
             rows, places = piece.rows, np.arange(len(piece.rows))
@@ -311,7 +313,8 @@ class Batches:
             return some
         generator = torch.Generator().manual_seed((self._seed + epoch) % 2**63)
         n = self.samples
-        order: IntArray = torch.randperm(n, generator=generator).numpy()
+        small = n < 2**31  # then half the memory, and the same order
+        order: IntArray = torch.randperm(n, generator=generator, dtype=torch.int32 if small else torch.int64).numpy()
         if self._plan.windowed and n > self._plan.rows:
             chunk = self._version.chunk_of(self._rows if some is None else self._rows[some])
             rank = torch.randperm(int(chunk.max()) + 1, generator=generator).numpy()
@@ -345,13 +348,14 @@ def _ahead(tasks: Iterator[Callable[[], T]]) -> Iterator[T]:
 
 
 def _in_time(tasks: Iterator[Callable[[], T]]) -> Iterator[T]:
-    """Do tasks ahead while their results are used for longer than they take, or else when asked: handing over costs."""
+    """Do tasks when asked, or ahead once that hides a good part of the time: a thread takes its time from others."""
     for task in tasks:
         begin = time.perf_counter()
         done = task()
         ended = time.perf_counter()
         yield done
-        if time.perf_counter() - ended > ended - begin:
+        took, used = ended - begin, time.perf_counter() - ended
+        if took < used < _WORTH_HIDING * took:
             yield from _ahead(tasks)
 
 

@@ -341,4 +341,11 @@ def _is_image(data: bytes) -> bool:
 def _columns(record: np.dtype[Any], rows: Array) -> dict[str, torch.Tensor]:
     """Split records (N, bytes) into one tensor per name."""
     structured = rows.view(record).reshape(len(rows))
-    return {part: torch.from_numpy(np.ascontiguousarray(structured[part])) for part in record.names or ()}
+    return {part: _contiguous(structured[part]) for part in record.names or ()}
+
+
+def _contiguous(column: "np.ndarray[Any, Any]") -> torch.Tensor:
+    """Copy a column of records to a tensor, with torch's threads where torch can address it."""
+    if column.flags.aligned and all(stride % column.itemsize == 0 for stride in column.strides):
+        return torch.from_numpy(column).contiguous()
+    return torch.from_numpy(np.ascontiguousarray(column))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy import optimize
+import scipy  # its parts load at first use
 
 from dynkit.errors import InvalidInput, check_whole
 
@@ -203,7 +203,7 @@ def _temperature(p: Array, labels: Classes) -> float:
         return float(-np.log(np.maximum(scaled[np.arange(len(scaled)), labels[rows]], 1e-12)).mean())
 
     def fitted(rows: Any) -> float:
-        found = optimize.minimize_scalar(
+        found = scipy.optimize.minimize_scalar(
             lambda log: log_loss(float(np.exp(log)), rows), bounds=(-3, 3), method="bounded"
         )
         return float(np.exp(found.x))
@@ -229,5 +229,5 @@ def _transported(labels: Classes, q: Array, rng: np.random.Generator) -> float:
     shares = np.bincount(labels, minlength=q.shape[1]) / len(labels)
     ends = np.round(np.cumsum(shares) * n).astype(np.int64)
     wanted = np.repeat(np.arange(q.shape[1]), np.diff(ends, prepend=0))
-    rows, places = optimize.linear_sum_assignment(1 - some[:, wanted])
+    rows, places = scipy.optimize.linear_sum_assignment(1 - some[:, wanted])
     return float(some[rows, wanted[places]].mean())

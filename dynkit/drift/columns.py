@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-from scipy import special, stats
+import scipy  # its parts load at first use
 
 from dynkit.errors import InvalidInput, NotFound, did_you_mean
 
@@ -127,8 +127,8 @@ def ks_p_values(distances: Numbers, n: int, m: int) -> Numbers:
 
     Asymptotic; never below that of the largest distance, which few samples have by chance: ``2 / binomial(n + m, n)``.
     """
-    p_values: Numbers = stats.kstwo.sf(distances, max(1, np.round(n * m / (n + m))))
-    ways = special.gammaln(n + m + 1) - special.gammaln(n + 1) - special.gammaln(m + 1)
+    p_values: Numbers = scipy.stats.kstwo.sf(distances, max(1, np.round(n * m / (n + m))))
+    ways = scipy.special.gammaln(n + m + 1) - scipy.special.gammaln(n + 1) - scipy.special.gammaln(m + 1)
     least = float(np.exp(max(np.log(2) - ways, -700.0)))
     return np.clip(p_values, min(1.0, least), 1)
 
@@ -250,7 +250,7 @@ def chi2(old: Numbers, new: Numbers) -> Found:
         return (np.nan, np.nan) if rare.all() and len(old) > 1 else (0.0, 1.0)
     expected = np.outer(table.sum(1), table.sum(0)) / table.sum()
     square = float(((table - expected) ** 2 / expected).sum())
-    return float((square / table.sum()) ** 0.5), float(stats.chi2.sf(square, table.shape[1] - 1))
+    return float((square / table.sum()) ** 0.5), float(scipy.stats.chi2.sf(square, table.shape[1] - 1))
 
 
 def psi(old: Any, new: Any) -> Any:
@@ -282,5 +282,5 @@ def _adjusted(p_values: Numbers) -> Numbers:
     adjusted = np.full_like(p_values, np.nan)
     there = ~np.isnan(p_values)
     if there.any():
-        adjusted[there] = stats.false_discovery_control(p_values[there])
+        adjusted[there] = scipy.stats.false_discovery_control(p_values[there])
     return adjusted

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import scipy  # its parts load at first use
 import torch
-from scipy import stats
 
 from dynkit.drift.chance import Kept, Tested, against_null, memberships, sampled
 from dynkit.errors import InvalidInput, check_whole
@@ -131,7 +131,7 @@ class BlockMMD:
             raise InvalidInput("the score is not a finite number; scale the samples first, they are too large")
         if spread == 0:
             return Tested(score, 1.0, np.empty(0))
-        return Tested(score, float(stats.t.sf(score / spread * blocks**0.5, blocks - 1)), np.empty(0))
+        return Tested(score, float(scipy.stats.t.sf(score / spread * blocks**0.5, blocks - 1)), np.empty(0))
 
     def prepare(self, reference: torch.Tensor) -> Kept:
         """Fix the bandwidth by the reference (N, D)."""

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+import scipy  # its parts load at first use
 import torch
-from scipy import stats
 
 from dynkit.drift.chance import Kept, Prepared, Scores, Tested, number, tested
 from dynkit.drift.columns import check_level, same_columns
@@ -287,7 +287,7 @@ class Classifier:
         new = is_current[judge].cpu().numpy()
         if margin.std() == 0:
             return Tested(0.0, 1.0, np.empty(0))
-        rank = stats.mannwhitneyu(margin[new], margin[~new], alternative="greater")
+        rank = scipy.stats.mannwhitneyu(margin[new], margin[~new], alternative="greater")
         auc = float(rank.statistic) / (int(new.sum()) * int((~new).sum()))
         return Tested(max(0.0, 2 * auc - 1), float(rank.pvalue), np.empty(0))
 
@@ -349,7 +349,7 @@ class _Covered:
 
     def tested(self, current: torch.Tensor, permutations: int, rng: np.random.Generator) -> Tested:
         far = int((_nearest(current, self._core) > self._radius).sum())
-        chance = stats.betabinom(len(current), self._outside, self._inside + 1 - self._outside)
+        chance = scipy.stats.betabinom(len(current), self._outside, self._inside + 1 - self._outside)
         excess = far / len(current) - self._outside / (self._inside + 1)
         return Tested(max(0.0, excess), float(chance.sf(far - 1)), np.empty(0))
 

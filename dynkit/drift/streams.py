@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
-from scipy import signal, stats
+import scipy  # its parts load at first use
 
 from dynkit.errors import InvalidInput, check_whole
 
@@ -371,7 +371,7 @@ def cumulated(operation: np.ufunc, first: Array, x: Array) -> Array:
 
 def faded(x: Array, factor: float, last: Array) -> Array:
     """Filter x (T, D): each value is added to `factor` times the result before it, `last` (D,) for the first one."""
-    return np.asarray(signal.lfilter([1.0], [1.0, -factor], x, axis=0, zi=factor * last[None])[0])
+    return np.asarray(scipy.signal.lfilter([1.0], [1.0, -factor], x, axis=0, zi=factor * last[None])[0])
 
 
 def _found(edges: Array, sums: Array, wanted: Array, column: Array) -> Array:
@@ -392,7 +392,7 @@ def _draws(older: int, size: int, seed: int) -> Array:
 def _least_distance(size: int, alpha: float) -> int:
     """Least difference of ranks of two samples whose exact p-value is at most alpha."""
     x, least = np.arange(size), size
-    while least / size > 0.1 and stats.ks_2samp(x, x + least - 0.5).pvalue <= alpha:
+    while least / size > 0.1 and scipy.stats.ks_2samp(x, x + least - 0.5).pvalue <= alpha:
         least -= 1
     return least + 1
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
-from scipy import ndimage
+import scipy  # its parts load at first use
 
 from dynkit.errors import InvalidInput, check_whole
 from dynkit.streams.stream import Array, Stream, clocked, evenly, middles
@@ -179,7 +179,7 @@ def rotation(source: Source, *, degrees: Sequence[float] = (0, 45), seed: int = 
 
 def _rotate(x: Array, angle: float, rng: np.random.Generator) -> Array:
     if x.ndim > 2:
-        turned: Array = ndimage.rotate(x, angle, axes=(-1, -2), reshape=False, order=1)
+        turned: Array = scipy.ndimage.rotate(x, angle, axes=(-1, -2), reshape=False, order=1)
         return turned
     even = x.shape[1] // 2 * 2
     a, b = x[:, 0:even:2], x[:, 1:even:2]
@@ -236,7 +236,7 @@ def _contrast(x: Array, severity: float, rng: np.random.Generator) -> Array:
 
 def _blur(x: Array, severity: float, rng: np.random.Generator) -> Array:
     sigma = severity * x.shape[-1] / 8
-    blurred: Array = ndimage.gaussian_filter(x, sigma, axes=(-1, -2))
+    blurred: Array = scipy.ndimage.gaussian_filter(x, sigma, axes=(-1, -2))
     return blurred
 
 

@@ -7,16 +7,24 @@ from typing import Any
 import numpy as np
 
 ROUNDS = 5
+BUSY_S = 0.05
 
 
 def raced(contestants: dict[str, Callable[[], Any]], rounds: int = ROUNDS) -> dict[str, float]:
-    """Median seconds of each, interleaved; each round begins with another one."""
+    """Median seconds of each, interleaved; each round begins with another one.
+
+    Before each the process is busy for a moment, as one that trains is: for some milliseconds after a sleep, a system
+    may run all threads of a process on one core, whatever the contestant before it slept for.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for contestant in contestants.values():
         contestant()  # warms caches of all kinds
     names = list(contestants)
     for turn in range(rounds):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            busy = time.perf_counter() + BUSY_S
+            while time.perf_counter() < busy:
+                pass
             begin = time.perf_counter()
             contestants[name]()
             seconds[name].append(time.perf_counter() - begin)

@@ -1,7 +1,8 @@
 """Reading selections of samples, side by side with what people use today.
 
-All peers read the same samples in the same order, interleaved, in one process; the table shows the median of five
-rounds. A peer that is not installed is left out.
+All peers read the same samples in random order (dynkit shuffles them as well), interleaved, in one process; the table
+shows the median of five rounds. A peer that is not installed is left out. MosaicML streaming wants other versions of what others need: install
+`mosaicml-streaming` in an environment of its own and name its Python in STREAMING_PYTHON.
 """
 
 import importlib
@@ -11,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +56,26 @@ def show(title: str, seconds: dict[str, float], rows: dict[str, int], first: str
         print(f"  {name:<34}{speed[name]:>14,.0f} samples/s   dynkit is {speed[first] / speed[name]:>9.2f}x")
 
 
-def mapped_peers(folder: Path, array: np.ndarray) -> Iterator[tuple[str, Callable[[np.ndarray, int], int], int]]:
+MOSAIC = """
+import sys
+import numpy as np
+from streaming import MDSWriter, StreamingDataset
+
+folder, n, width = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+flat = np.memmap(folder + "/flat.bin", dtype=np.uint8, mode="r").reshape(-1, width)
+with MDSWriter(out=folder + "/mds", columns={"x": f"ndarray:uint8:{width}"}) as out:
+    for row in flat[:n]:
+        out.write({"x": row})
+samples = StreamingDataset(local=folder + "/mds", batch_size=1, shuffle=False)
+print("ready", flush=True)
+for line in sys.stdin:
+    print(sum(len(samples[int(i)]["x"]) == width for i in line.split()), flush=True)
+"""
+
+
+def mapped_peers(
+    folder: Path, array: np.ndarray, stack: ExitStack
+) -> Iterator[tuple[str, Callable[[np.ndarray, int], int], int]]:
     """Name, a reader of these rows in batches, and how many rows it is fast enough for."""
     array.tofile(folder / "flat.bin")
     mapped = np.memmap(folder / "flat.bin", dtype=array.dtype, mode="r", shape=array.shape)
@@ -125,17 +146,22 @@ def mapped_peers(folder: Path, array: np.ndarray) -> Iterator[tuple[str, Callabl
         return sum(len(opened_zarr.oindex[rows[i : i + size]]) for i in range(0, len(rows), size))
 
     yield "zarr-python oindex", oindex, 512
-    if have("streaming"):
-        from streaming import MDSWriter, StreamingDataset
-
+    if "STREAMING_PYTHON" in os.environ:
         n = min(len(flat), 100_000)
-        with MDSWriter(out=str(folder / "mds"), columns={"x": f"ndarray:uint8:{flat.shape[1]}"}) as out:
-            for row in flat[:n]:
-                out.write({"x": row})
-        mosaic = StreamingDataset(local=str(folder / "mds"), batch_size=1, shuffle=False)
+        mosaic = stack.enter_context(
+            subprocess.Popen(
+                [os.environ["STREAMING_PYTHON"], "-c", MOSAIC, str(folder), str(n), str(flat.shape[1])],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+        )
+        assert mosaic.stdin and mosaic.stdout
+        assert mosaic.stdout.readline() == "ready\n"
 
         def mds(rows: np.ndarray, size: int) -> int:
-            return sum(1 for i in rows.tolist() if mosaic[i % n]["x"] is not None)
+            print(*rows % n, file=mosaic.stdin, flush=True)
+            return int(mosaic.stdout.readline())
 
         yield "MosaicML streaming", mds, 5_000
     if have("webdataset"):
@@ -159,20 +185,21 @@ def test_uncompressed_selection(record: str) -> None:
     shape, rows, size = SHAPES[record]
     rng = np.random.default_rng(0)
     array = samples_of(rng, rows, shape)
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         folder = Path(name)
         dataset = dk.Workspace(folder / "ws").create_dataset("s", fields={"x": ("uint8", shape)}, compression="none")
         step = -(-rows // 7)  # seven segments
         for low in range(0, rows, step):
             dataset.append(x=array[low : low + step], timestamp=np.arange(low, min(low + step, rows)))
         keys = dataset.keys()
-        peers = list(mapped_peers(folder, array))
+        peers = list(mapped_peers(folder, array, stack))
         del array
         for share in SHARES:
             chosen = rng.permutation(rows)[: int(share * rows)]
+            selected = keys[chosen]
 
-            def ours(chosen: np.ndarray = chosen) -> int:
-                return sum(len(batch["x"]) for batch in dataset.batches(keys[chosen], batch_size=size, seed=0))
+            def ours(selected: np.ndarray = selected) -> int:
+                return sum(len(batch["x"]) for batch in dataset.batches(selected, batch_size=size, seed=0))
 
             readers: dict[str, Callable[[], int]] = {"dynkit": ours}
             counts = {"dynkit": len(chosen)}
@@ -294,7 +321,7 @@ def test_training_with_selection() -> None:
 
 def test_loader_share_of_image_training() -> None:
     rng = np.random.default_rng(0)
-    rows = 8_192
+    rows = 40_960
     with tempfile.TemporaryDirectory() as name:
         dataset = dk.Workspace(name).create_dataset("s", fields={"x": ("uint8", (3, 32, 32))}, label="int64")
         dataset.append(x=samples_of(rng, rows, (3, 32, 32)), timestamp=np.arange(rows), label=rng.integers(0, 10, rows))
