@@ -220,7 +220,7 @@ class Batches:
             start = stop
 
     def super_batches(self) -> Iterator[Batch]:
-        """One epoch in pieces of several batches, each gathered at once, one piece ahead of its use."""
+        """One epoch in pieces of several batches, each gathered at once, and one ahead where that pays."""
         images = any(field.kind == "image" for field in self._version.fields.values())
         if self._plan.windowed:
             batches = _ahead(partial(self._send, *piece) for piece in self._windows())
