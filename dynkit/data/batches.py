@@ -77,7 +77,7 @@ class Batches:
         Only these (``"label"`` is one); None means all.
     cache_bytes : int or None
         Most memory for samples; None means 512 MB where they are decoded, and where they are mapped leaves it to the
-        system's page cache.
+        system's page cache. About half of it stays with the open dataset, for the next epoch.
     last : str
         What becomes of samples that do not fill a batch: ``"keep"`` makes a smaller one, ``"drop"`` leaves them out,
         ``"join"`` keeps them but adds a single one to the batch before, because layers that normalise over a batch
