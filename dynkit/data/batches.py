@@ -77,7 +77,7 @@ class Batches:
         Only these (``"label"`` is one); None means all.
     cache_bytes : int or None
         Most memory for samples; None means 512 MB where they are decoded, and where they are mapped leaves it to the
-        system's page cache. About half of it stays with the open dataset, for the next epoch.
+        system's page cache. Where they are decoded, about half of it stays with the dataset, for the next epoch.
     last : str
         What becomes of samples that do not fill a batch: ``"keep"`` makes a smaller one, ``"drop"`` leaves them out,
         ``"join"`` keeps them but adds a single one to the batch before, because layers that normalise over a batch
@@ -245,9 +245,9 @@ class Batches:
         for low, high in self._groups(len(sizes), rows):
             places = self._places(begins[low:high], sizes[low:high])
             some = places if order is None else order[places]
-            stored = self._rows[some] if isinstance(some, slice) else self._rows.take(some)
+            chosen = self._rows[some] if isinstance(some, slice) else self._rows.take(some)
             weights = None if self._weights is None else self._weights[some].clone()
-            yield _Piece(stored, weights, sizes[low:high])
+            yield _Piece(chosen, weights, sizes[low:high])
 
     def _groups(self, batches: int, rows: int) -> list[tuple[int, int]]:
         """Cut ``range(batches)`` into groups of about so many samples."""

@@ -346,6 +346,5 @@ def _columns(record: np.dtype[Any], rows: Array) -> dict[str, torch.Tensor]:
 
 def _contiguous(column: "np.ndarray[Any, Any]") -> torch.Tensor:
     """Copy a column of records to a tensor, with torch's threads where torch can address it."""
-    if column.flags.aligned and all(stride % column.itemsize == 0 for stride in column.strides):
-        return torch.from_numpy(column).contiguous()
-    return torch.from_numpy(np.ascontiguousarray(column))
+    addressable = column.flags.aligned and all(stride % column.itemsize == 0 for stride in column.strides)
+    return torch.from_numpy(column if addressable else np.ascontiguousarray(column)).contiguous()

@@ -48,7 +48,8 @@ class Version:
         self.stored_fields = stored_fields(self.schema)
         self.fields = {name: field for name, field in self.stored_fields.items() if name != "label"}
         self.label = self.stored_fields.get("label")
-        self.memory, self.windows = Memory(), Memory()  # that batches of any number of epochs are made in
+        self.memory = Memory()  # of super-batches, for every epoch again
+        self.windows = Memory()  # of windows of decoded samples, as well
         self._bases = _first_rows(  # of each segment, and the end
             [entry["rows"] for entry in self.segments], [field.row_bytes for field in self.stored_fields.values()]
         )

@@ -1,5 +1,6 @@
 """Time contestants in turn."""
 
+import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -29,3 +30,9 @@ def raced(contestants: dict[str, Callable[[], Any]], rounds: int = ROUNDS) -> di
             contestants[name]()
             seconds[name].append(time.perf_counter() - begin)
     return {name: float(np.median(some)) for name, some in seconds.items()}
+
+
+def in_own_environment(variable: str, script: str, *arguments: object) -> dict[str, Any]:
+    """What `subprocess` needs to run a script by the Python that an environment variable names."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"DO_NOT_TRACK": "1"}
+    return {"args": [os.environ[variable], "-c", script, *map(str, arguments)], "env": environment, "text": True}

@@ -11,7 +11,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from racing import raced
+from racing import in_own_environment, raced
 from scipy import stats
 
 import dynkit as dk
@@ -137,9 +137,8 @@ def test_mmd_with_permutations_against_alibi() -> None:
 
 def _of_peer(variable: str, script: str, *arguments: int) -> float:
     """Seconds that a script prints in a peer's own environment."""
-    command = [os.environ[variable], "-c", script, *map(str, arguments)]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"DO_NOT_TRACK": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=PATIENCE_S)
+    own = in_own_environment(variable, script, *arguments)
+    done = subprocess.run(**own, capture_output=True, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stderr
     return float(done.stdout.split()[-1])
 

@@ -1,8 +1,8 @@
 """Reading selections of samples, side by side with what people use today.
 
 All peers read the same samples in random order (dynkit shuffles them as well), interleaved, in one process; the table
-shows the median of five rounds. A peer that is not installed is left out. MosaicML streaming wants other versions of what others need: install
-`mosaicml-streaming` in an environment of its own and name its Python in STREAMING_PYTHON.
+shows the median of five rounds. A peer that is not installed is left out. MosaicML streaming wants other versions of
+what others need: install `mosaicml-streaming` in an environment of its own and name its Python in STREAMING_PYTHON.
 """
 
 import importlib
@@ -20,7 +20,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from racing import raced
+from racing import in_own_environment, raced
 
 import dynkit as dk
 
@@ -148,14 +148,8 @@ def mapped_peers(
     yield "zarr-python oindex", oindex, 512
     if "STREAMING_PYTHON" in os.environ:
         n = min(len(flat), 100_000)
-        mosaic = stack.enter_context(
-            subprocess.Popen(
-                [os.environ["STREAMING_PYTHON"], "-c", MOSAIC, str(folder), str(n), str(flat.shape[1])],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-        )
+        own = in_own_environment("STREAMING_PYTHON", MOSAIC, folder, n, flat.shape[1])
+        mosaic = stack.enter_context(subprocess.Popen(**own, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
         assert mosaic.stdin and mosaic.stdout
         assert mosaic.stdout.readline() == "ready\n"
 
