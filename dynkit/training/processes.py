@@ -112,8 +112,8 @@ def _first_error(folder: Path, processes: list[Any]) -> Exception | None:
 
 
 def _process(rank: int, name: str, processes: int, beat: Any, passed: Any) -> None:
-    """Do one process's part; the first one leaves the result."""
-    folder = Path(name)
+    """Do one process's part and end; the first one leaves the result, one that fails its error."""
+    folder, failed = Path(name), True
     try:
         model, (root, dataset, number), task, kind, threads = cloudpickle.loads((folder / "task").read_bytes())
         torch.set_num_threads(threads)
@@ -134,10 +134,13 @@ def _process(rank: int, name: str, processes: int, beat: Any, passed: Any) -> No
             state = {name: value.cpu() for name, value in unwrapped(shared).state_dict().items()}
             (folder / "result").write_bytes(cloudpickle.dumps((state, outcome)))
         torch.distributed.destroy_process_group()
+        failed = False
     except Exception as error:
         error.add_note(f"in process {rank} of {processes}:\n{traceback.format_exc()}")
         (folder / f"error-{rank}").write_bytes(cloudpickle.dumps(error))
-        raise
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(failed)  # as a forked process ends: Gloo's threads outlive DDP's model, and would abort a Python that ends
 
 
 def _join(folder: Path, rank: int, processes: int, device: torch.device) -> None:
