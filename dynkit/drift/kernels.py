@@ -283,6 +283,7 @@ def _mean_pairs(x: torch.Tensor, y: torch.Tensor, kernel: Kernel, itself: int) -
     and stays in the processor's cache: ten times as fast as all pairs at once. The norms are shortened by what rounding
     can add, so that of two equal rows nothing above 0 is left.
     """
+    within = x is y
     if len(x) <= _SMALL_ROWS:
         x, y = x.double(), y.double()
     center = x.mean(0)
@@ -292,11 +293,15 @@ def _mean_pairs(x: torch.Tensor, y: torch.Tensor, kernel: Kernel, itself: int) -
     left = torch.cat([-2 * x, short * norms_x, torch.ones_like(norms_x)], 1)
     right = torch.cat([y, torch.ones_like(norms_y), short * norms_y], 1).mT.contiguous()
     rows = max(1, (_CACHED_PAIRS if x.device.type == "cpu" else _PAIRS) // len(y))
-    memory = x.new_empty(min(rows, len(x)), len(y))
+    memory = x.new_empty(min(rows, len(x)) * len(y))
     total = 0.0
-    for some in torch.split(left, rows):
-        square = torch.mm(some, right, out=memory[: len(some)]).clamp_min_(0)
-        total += float(kernel(square).sum(dtype=torch.float64))
+    for low in range(0, len(x), rows):
+        some, others = left[low : low + rows], right[:, low if within else 0 :]
+        square = torch.mm(some, others, out=memory[: len(some) * others.shape[1]].view(len(some), -1)).clamp_min_(0)
+        pairs = kernel(square)
+        total += (1 + within) * float(pairs.sum(dtype=torch.float64))
+        if within:  # those to the right of the diagonal are twice, the block on it once
+            total -= float(pairs[:, : len(some)].sum(dtype=torch.float64))
     return (total - itself * len(x)) / (len(x) * (len(y) - itself))
 
 
@@ -335,11 +340,12 @@ def median_square(x: torch.Tensor, y: torch.Tensor, rng: np.random.Generator) ->
     """Median squared distance of different samples, of some of both sets."""
     share = len(x) / (len(x) + len(y))
     n = min(len(x), max(1, round(share * _BANDWIDTH_ROWS)))
-    some = torch.cat([sampled(x, n, rng), sampled(y, max(1, _BANDWIDTH_ROWS - n), rng)])
-    distances = torch.pdist(some.double()).cpu().numpy()
-    equal = len(distances) - np.count_nonzero(distances)
-    middle = equal + (len(distances) - equal - 1) // 2
-    median = float(np.partition(distances, middle)[middle]) ** 2 if equal < len(distances) else 1.0
+    some = torch.cat([sampled(x, n, rng), sampled(y, max(1, _BANDWIDTH_ROWS - n), rng)]).double()
+    some = some - some.mean(0)
+    each = np.concatenate([row[i:] for i, row in enumerate(squares(some, some).cpu().numpy(), 1)])
+    equal = len(each) - np.count_nonzero(each)
+    middle = equal + (len(each) - equal - 1) // 2
+    median = float(np.partition(each, middle)[middle]) if equal < len(each) else 1.0
     if not np.isfinite(median):
         raise InvalidInput("the samples are too large to be compared; scale them first")
     return median

@@ -102,7 +102,8 @@ def test_batch_then_sample_against_the_least_it_can_cost(images: dk.Dataset, mak
                 "selected": lambda f=fraction: trained(images, model, batch_selection=Top(f)),
                 "least": lambda f=fraction: least(images, model, round(f * BATCH)),
                 "all": lambda: trained(images, model),
-            }
+            },
+            rounds=15,
         )
         ratios = median["selected"] / median["least"], median["selected"] / median["all"]
         print(f"{fraction:8} {median['selected']:8.3f} {median['least']:8.3f} {ratios[0]:6.2f} {ratios[1]:14.2f}")
