@@ -31,8 +31,9 @@ _GENERATIONS = 8  # of ancestors that are looked at
 _ANCESTORS = 12  # after which no further generation is
 _LOSSY = 0.12  # the same of a rounded one
 _USUAL = 0.6  # share of a tensor that is left of it, about
-_ROOM = 2.0  # bits per element that a tensor gives to leave all of its bounds to its children
-_STEP = 0.2  # of the bounds that count as more room
+_ROOM = 4.0  # bits per element that a tensor gives to leave all of its bounds to its children
+_BRANCHES = 3  # earlier tensors that are tried as well
+_STEP = 0.1  # of the bounds that count as more room
 
 
 @dataclass(frozen=True)
@@ -187,10 +188,15 @@ def coded_tensor(
 
 
 def _branches(reader: Reader, tensor: torch.Tensor, refs: Sequence[Ref]) -> list[Ref]:
-    """Return the nearest tensor to depend on, and the nearest that leaves more room."""
-    first = list(refs[:1])
-    limit = reader.used(first, tensor.nbytes) - _STEP
-    return [*first, *[ref for ref in refs if reader.used([ref], tensor.nbytes) <= limit][:1]]
+    """Return the nearest tensor to depend on, and some others, each the nearest that leaves more room than the last."""
+    found: list[Ref] = []
+    limit = 1.0
+    for ref in refs:
+        used = reader.used([ref], tensor.nbytes)
+        if used <= limit and len(found) < _BRANCHES:
+            found.append(ref)
+            limit = used - _STEP
+    return found
 
 
 def _usable(reader: Reader, tensor: torch.Tensor, refs: Iterable[Ref], share: float) -> list[Ref]:
