@@ -236,6 +236,25 @@ def test_a_flipped_bit_anywhere_never_goes_unnoticed(ws: dk.Workspace, tmp_path:
     assert ws.models.fsck(deep=True) == []
 
 
+def test_a_file_that_changes_is_checked_again_though_its_tensors_are_in_memory(ws: dk.Workspace) -> None:
+    state = {"a": torch.randn(30, 30)}
+    model = ws.models.put(state)
+    (pack,) = (ws.path / "models/packs").glob("*.pack")
+    sound = pack.read_bytes()
+    broken = bytearray(sound)
+    broken[1000] ^= 4
+    for _ in range(2):
+        assert all(equal(ws.models.load(model), state) for _ in range(3))
+        time.sleep(0.02)  # times of files go in steps
+        pack.write_bytes(broken)
+        with pytest.raises(StorageError, match="is damaged"):
+            ws.models.load(model)
+        pack.write_bytes(sound)
+    pack.unlink()
+    with pytest.raises(StorageError, match="cannot be read"):
+        ws.models.load(model)
+
+
 def test_gc_keeps_what_others_are_predicted_from_and_frees_the_rest(ws: dk.Workspace) -> None:
     base, other = torch.randn(200, 200), torch.randn(200, 200)
     first = ws.models.put({"a": base, "b": other})

@@ -18,7 +18,7 @@ from xxhash import xxh3_64_intdigest
 from dynkit.errors import StorageError
 from dynkit.models.encoding import Frame, Ref, decode
 from dynkit.models.packs import Pack, packs_at, read_pack
-from dynkit.models.shelf import Shelf
+from dynkit.models.shelf import Place, Shelf
 from dynkit.models.tensors import digest, raw
 
 __all__ = ["COST", "DEPTH", "GoneError", "Reader"]
@@ -128,23 +128,37 @@ class Reader:
             return self._files[file]
 
     def tensor(self, ref: Ref) -> torch.Tensor:
-        """Read a tensor into memory of its own; of one that was decoded lately, the stored bytes are checked.
+        """Read a tensor into memory of its own; of one in memory, the stored bytes are checked if the file has changed.
 
         Raises
         ------
         StorageError
             When it, or one that it is predicted from, is missing or damaged.
         """
-        key = self.frame(ref).id
+        key, place = self.frame(ref).id, self._place(ref)
         known = self._recent.get(key)
         if known is None:
             known = self._decoded(ref)
             self._recent.put(key, known)
-            return known.clone()
-        frame, data = self.data(ref)
-        if xxh3_64_intdigest(data) != frame.checksum:
-            raise self._damaged(ref, frame)
+        elif place is None or not self._recent.was_checked(key, place):
+            frame, data = self.data(ref)
+            if xxh3_64_intdigest(data) != frame.checksum:
+                raise self._damaged(ref, frame)
+        if place is not None:
+            self._recent.checked(key, place)
         return known.clone()
+
+    def remembers(self, ref: Ref) -> bool:
+        """Whether a tensor is in memory."""
+        return self._recent.get(self.frame(ref).id) is not None
+
+    def _place(self, ref: Ref) -> Place | None:
+        """Where a tensor is now; None where that cannot be told."""
+        try:
+            file = self._shelf.path(self.pack(ref[0]).file).stat()
+        except OSError:
+            return None  # who reads it says why
+        return *ref, file.st_ino, file.st_size, file.st_ctime_ns
 
     def base(self, ref: Ref) -> torch.Tensor:
         """Decode a tensor that others are predicted from; not to be changed."""

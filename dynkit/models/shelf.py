@@ -21,7 +21,9 @@ from dynkit.data.store import Remote, storage_errors
 from dynkit.errors import StorageError
 from dynkit.models.packs import Pack, PackFile
 
-__all__ = ["Recent", "Shelf"]
+__all__ = ["Place", "Recent", "Shelf"]
+
+Place = tuple[int, ...]  # a frame in a file, and when that was last changed
 
 
 class Recent:
@@ -31,6 +33,7 @@ class Recent:
         self._most = size_bytes // 4  # of one tensor, so that it does not drive out all others
         self._left = size_bytes
         self._tensors: OrderedDict[bytes, torch.Tensor] = OrderedDict()
+        self._places: dict[bytes, Place] = {}
         self._lock = threading.Lock()
 
     def get(self, key: bytes) -> torch.Tensor | None:
@@ -49,7 +52,19 @@ class Recent:
             self._tensors[key] = tensor
             self._left -= tensor.nbytes
             while self._left < 0:
-                self._left += self._tensors.popitem(last=False)[1].nbytes
+                oldest, tensor = self._tensors.popitem(last=False)
+                self._left += tensor.nbytes
+                self._places.pop(oldest, None)
+
+    def checked(self, key: bytes, place: Place) -> None:
+        """Note where a tensor was found as it should be."""
+        with self._lock:
+            if key in self._tensors:
+                self._places[key] = place
+
+    def was_checked(self, key: bytes, place: Place) -> bool:
+        """Whether a tensor was found as it should be at this place."""
+        return self._places.get(key) == place
 
 
 class Shelf:

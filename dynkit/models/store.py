@@ -149,8 +149,10 @@ class ModelStore:
         refs = list(dict.fromkeys(ref for one in found.values() for ref in one.refs.values()))
         with Reader(self._shelf) as reader:
             reader.prepare(pack for pack, _ in refs)
+            loaded = {ref: reader.tensor(ref) for ref in refs if reader.remembers(ref)}
+            others = [ref for ref in refs if ref not in loaded]
             with ThreadPoolExecutor(os.cpu_count()) as pool:
-                loaded = dict(zip(refs, pool.map(reader.tensor, refs), strict=True))
+                loaded |= zip(others, pool.map(reader.tensor, others), strict=True)
         return {model: {name: loaded[ref] for name, ref in one.refs.items()} for model, one in found.items()}
 
     def open(self, model: str) -> "OpenModel":
@@ -299,8 +301,9 @@ class ModelStore:
 
     def _stored(self, given: Sequence[str]) -> dict[str, Stored]:
         with self._catalog.read() as connection:
-            identities = {model: resolved(connection, model) for model in given}
-            found = stored(connection, set(identities.values()))
+            found = stored(connection, set(given))  # most are given by their whole identities
+            identities = {model: model if model in found else resolved(connection, model) for model in given}
+            found |= stored(connection, set(identities.values()) - found.keys())
         return {model: found[identity] for model, identity in identities.items()}
 
 
