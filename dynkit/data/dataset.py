@@ -519,7 +519,7 @@ def as_keys(keys: Any) -> IntArray:
     array = np.asarray(keys.to_numpy() if isinstance(keys, pl.Series) else keys)
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
         raise InvalidInput(f"keys must be one-dimensional integers, not {array.dtype} of shape {array.shape}")
-    return cast(IntArray, array.astype(np.int64, copy=False))
+    return cast(IntArray, array.view(np.int64) if array.dtype == np.uint64 else array.astype(np.int64, copy=False))
 
 
 def _position(table: pl.DataFrame, ns: int) -> int:

@@ -149,7 +149,7 @@ class Version:
     # ---- samples ----
 
     def rows_of(self, keys: IntArray) -> IntArray:
-        """Find the row of each key.
+        """Find the row of each key (N,), as 32-bit numbers where they are enough.
 
         Raises
         ------
@@ -176,7 +176,7 @@ class Version:
             firsts = np.array([entry["first_key"] for entry in self.segments])
             shift: IntArray = self._bases[:-1] - firsts
             return keys + (shift[0] if len(firsts) == 1 else shift[np.searchsorted(firsts, keys, side="right") - 1])
-        found: IntArray = self._lookup[keys - first].astype(np.int64, copy=False)
+        found: IntArray = self._lookup.take(keys - first if first else keys, mode="clip")  # all are inside
         return found
 
     @property
