@@ -132,7 +132,7 @@ def test_a_loop_of_ones_own_shares_its_gradients(dataset: dk.Dataset) -> None:
             context.loss(model(batch["x"]), batch).backward()
             optimizer.step()
         context.report(rank=context.part[0], processes=context.part[1])
-        if context.part[1] == 2:  # Gloo's threads may abort a Python that ends; theirs must not
+        if context.part[1] == 2:  # what is left of Gloo could abort a Python that ends, so none may
             atexit.register(os.abort)
 
     training = {"batch_size": 50, "fit": own}
