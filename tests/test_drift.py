@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
-from scipy.spatial.distance import cdist, jensenshannon
+from scipy.spatial.distance import cdist, jensenshannon, pdist
 
 import dynkit as dk
 from dynkit.drift.columns import ks_p_values
@@ -466,6 +466,21 @@ print(next(int(line.split()[1]) for line in open("/proc/self/status") if line.st
 """
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert int(done.stdout) < 2_000_000
+
+
+@pytest.mark.parametrize("order", ["drawn", "clustered", "rounded", "mostly equal"])
+def test_the_bandwidth_is_the_lower_median_of_distances_that_are_not_zero(order: str) -> None:
+    x = torch.from_numpy(np.random.default_rng(0).normal(size=(900, 4)))
+    if order == "clustered":
+        x[::3] += 50
+    if order == "rounded":
+        x = x.round()
+    if order == "mostly equal":
+        x[:700] = 1
+    squares = pdist(x.numpy(), "sqeuclidean")
+    above = np.sort(squares[squares > 0])
+    expected = above[(len(above) - 1) // 2]
+    assert median_square(x, x[:0], np.random.default_rng(0)) == pytest.approx(expected, rel=1e-9)
 
 
 def test_the_bandwidth_is_the_median_of_both_sets() -> None:

@@ -51,8 +51,10 @@ def looked(
     """
     seen = run.past.height
     warm = min(max(every * warmup_looks - seen, 0), new.height)
-    warming = as_positions(warmup(new.head(warm), run), warm) if warmup is not None and warm else iter(())
     looks = range(-(seen + 1) % every, new.height, every)
+    if not (looks or warm):
+        return
+    warming = as_positions(warmup(new.head(warm), run), warm) if warmup is not None and warm else iter(())
     for row, is_warmup in heapq.merge(((row, False) for row in looks), ((row, True) for row in warming)):
         if is_warmup or look(row, row < warm):
             yield row

@@ -1,9 +1,11 @@
 """What asking a trigger costs per sample, and a what-if over many thresholds."""
 
+import os
 import time
 
 import numpy as np
 import polars as pl
+import torch
 from racing import raced
 from streams import make_frame, make_pipeline, replayed
 
@@ -48,6 +50,7 @@ def test_what_if_over_fifty_thresholds(tmp_path) -> None:  # type: ignore[no-unt
         run = replayed(make_pipeline(dataset, name=on, trigger=trigger, selection=dk.selection.Recent(n=5000)))
         scores = run.decisions()["score"].drop_nulls()
         thresholds = np.quantile(scores, np.linspace(0.02, 0.98, 50)).tolist()
+        torch.set_num_threads(os.cpu_count() or 1)  # as outside of tests
         begin = time.perf_counter()
         found = dk.what_if(run, drift_threshold=thresholds).frame
         took = time.perf_counter() - begin
