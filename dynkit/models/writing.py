@@ -192,8 +192,10 @@ def _branches(reader: Reader, tensor: torch.Tensor, refs: Sequence[Ref]) -> list
     found: list[Ref] = []
     limit = 1.0
     for ref in refs:
+        if len(found) == _BRANCHES:
+            break
         used = reader.used([ref], tensor.nbytes)
-        if used <= limit and len(found) < _BRANCHES:
+        if used <= limit:
             found.append(ref)
             limit = used - _STEP
     return found

@@ -43,6 +43,7 @@ def test_asking_a_trigger() -> None:
 
 
 def test_what_if_over_fifty_thresholds(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    torch.set_num_threads(os.cpu_count() or 1)  # as outside of tests
     dataset = dk.Workspace(tmp_path).ingest("s", make_frame(300_000, minutes=1), timestamp="when", label="late")
     print("\n| compared | looks | thresholds | triggers | s |\n|---|---|---|---|---|")
     for on in ("fields", "embedding"):
@@ -50,7 +51,6 @@ def test_what_if_over_fifty_thresholds(tmp_path) -> None:  # type: ignore[no-unt
         run = replayed(make_pipeline(dataset, name=on, trigger=trigger, selection=dk.selection.Recent(n=5000)))
         scores = run.decisions()["score"].drop_nulls()
         thresholds = np.quantile(scores, np.linspace(0.02, 0.98, 50)).tolist()
-        torch.set_num_threads(os.cpu_count() or 1)  # as outside of tests
         begin = time.perf_counter()
         found = dk.what_if(run, drift_threshold=thresholds).frame
         took = time.perf_counter() - begin
