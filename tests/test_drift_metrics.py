@@ -179,6 +179,16 @@ def test_blocks_need_no_matrix_of_all_pairs() -> None:
     assert dk.drift.test(x, y, "block_mmd").drifted
 
 
+@pytest.mark.parametrize("name", ["mmd", "block_mmd", "energy", "coverage"])
+def test_outliers_take_no_digits_from_single_precision(name: str) -> None:
+    x, y = two(3000, 2500, 3, 0.1)
+    x[7] = 1e5
+    y[:3] = -1e5
+    exact = dk.drift.prepared(name, x).score(y)
+    single = dk.drift.prepared(name, x.astype(np.float32)).score(y.astype(np.float32))
+    assert single == pytest.approx(exact, rel=1e-4, abs=1e-6)
+
+
 def test_uncovered_are_those_far_from_the_reference() -> None:
     x, y = two(2000, 500, 2)
     y[:40] += 10

@@ -17,18 +17,19 @@ import torch
 from dynkit.drift.chance import Kept, Tested, against_null, memberships, sampled
 from dynkit.errors import InvalidInput, check_whole
 
-__all__ = ["MMD", "BlockMMD", "Energy", "median_square", "squares"]
+__all__ = ["MMD", "BlockMMD", "Energy", "center", "median_square", "squares"]
 
 Kernel = Callable[[torch.Tensor], torch.Tensor]  # of squared distances, in place
 
 _EXACT_ROWS = 10_000  # of both sets together: a matrix of all pairs takes 400 MB
 _BANDWIDTH_ROWS = 2_000
-_SMALL_ROWS = 2_000
+_SMALL_ROWS = 500
 _BLOCK_ROWS = 8_192
-_CACHED_PAIRS = 1 << 17  # of one block on a CPU
+_CACHED_PAIRS = 1 << 18  # of one block on a CPU
 _PAIRS = 1 << 24  # of a block of the matrix of all pairs
 _CHUNKS = 1_000  # of one set, permuted as wholes
 _FEATURES = 1_024
+_CENTER_ROWS = 200
 _ROUNDING = 8  # of a squared distance, in units of the norms' last place
 
 
@@ -251,7 +252,7 @@ def _gamma(bandwidth: float | None, x: torch.Tensor, y: torch.Tensor, rng: np.ra
 
 
 def _gaussian(gamma: float) -> Kernel:
-    return lambda square: square.mul_(-gamma).exp_()
+    return lambda square: square.mul_(-gamma / math.log(2)).exp2_()  # twice as fast as exp_ on a CPU
 
 
 def _minus_distance(square: torch.Tensor) -> torch.Tensor:
@@ -266,32 +267,37 @@ def _finite(score: float) -> float:
 
 def squares(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """Squared distances (..., N, M) of rows, which are small numbers: equal ones are at distance 0."""
-    norms_x, norms_y = x.square().sum(-1), y.square().sum(-1)
-    square = x @ y.mT
-    step = max(1, _PAIRS // square[..., 0, :].numel())
-    for part, norms in zip(torch.split(square, step, -2), torch.split(norms_x, step, -1), strict=True):
-        together = norms[..., :, None] + norms_y[..., None, :]
-        part.mul_(-2).add_(together)
-        part.masked_fill_(part < together.mul_(_ROUNDING * torch.finfo(part.dtype).eps), 0)
-    return square
+    left, right = _factors(x, y)
+    return (left @ right).clamp_min_(0)
+
+
+def center(x: torch.Tensor) -> torch.Tensor:
+    """Where most rows are (D,): numbers from there keep their digits in products, whatever outliers there are."""
+    return x[:: len(x) // _CENTER_ROWS + 1].median(0).values
+
+
+def _factors(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ``[-2 x, |x|^2, 1]`` and ``[y, 1, |y|^2]^T``: squared distances are their product, where it is above 0.
+
+    The norms are shortened by what rounding can add, so that of two equal rows nothing above 0 is left.
+    """
+    short = 1 - _ROUNDING * torch.finfo(x.dtype).eps
+    norms_x, norms_y = (short * rows.square().sum(-1, keepdim=True) for rows in (x, y))
+    left = torch.cat([-2 * x, norms_x, torch.ones_like(norms_x)], -1)
+    return left, torch.cat([y, torch.ones_like(norms_y), norms_y], -1).mT.contiguous()
 
 
 def _mean_pairs(x: torch.Tensor, y: torch.Tensor, kernel: Kernel, itself: int) -> float:
     """Mean kernel of pairs of rows, block by block; `itself` is 1 to leave out each sample's pair with itself.
 
-    A block of squared distances is one product, ``[-2 x, |x|^2, 1] [y, 1, |y|^2]^T``, into memory that is used again
-    and stays in the processor's cache: ten times as fast as all pairs at once. The norms are shortened by what rounding
-    can add, so that of two equal rows nothing above 0 is left.
+    A block of squared distances is one product into memory that is used again and stays in the processor's cache: ten
+    times as fast as all pairs at once.
     """
     within = x is y
     if len(x) <= _SMALL_ROWS:
         x, y = x.double(), y.double()
-    center = x.mean(0)
-    x, y = x - center, y - center
-    norms_x, norms_y = x.square().sum(1, keepdim=True), y.square().sum(1, keepdim=True)
-    short = 1 - _ROUNDING * torch.finfo(x.dtype).eps
-    left = torch.cat([-2 * x, short * norms_x, torch.ones_like(norms_x)], 1)
-    right = torch.cat([y, torch.ones_like(norms_y), short * norms_y], 1).mT.contiguous()
+    middle = center(x)
+    left, right = _factors(x - middle, y - middle)
     rows = max(1, (_CACHED_PAIRS if x.device.type == "cpu" else _PAIRS) // len(y))
     memory = x.new_empty(min(rows, len(x)) * len(y))
     total = 0.0
@@ -299,16 +305,16 @@ def _mean_pairs(x: torch.Tensor, y: torch.Tensor, kernel: Kernel, itself: int) -
         some, others = left[low : low + rows], right[:, low if within else 0 :]
         square = torch.mm(some, others, out=memory[: len(some) * others.shape[1]].view(len(some), -1)).clamp_min_(0)
         pairs = kernel(square)
-        total += (1 + within) * float(pairs.sum(dtype=torch.float64))
+        total += (1 + within) * float(pairs.sum(1).sum(dtype=torch.float64))
         if within:  # those to the right of the diagonal are twice, the block on it once
-            total -= float(pairs[:, : len(some)].sum(dtype=torch.float64))
+            total -= float(pairs[:, : len(some)].sum(1).sum(dtype=torch.float64))
     return (total - itself * len(x)) / (len(x) * (len(y) - itself))
 
 
 def _block_scores(x: torch.Tensor, y: torch.Tensor, kernel: Kernel) -> torch.Tensor:
     """Unbiased scores (B,) of blocks (B, N, D), (B, M, D)."""
-    center = x.mean((0, 1))
-    x, y = x - center, y - center
+    middle = center(x.flatten(0, 1))
+    x, y = x - middle, y - middle
     n, m = x.shape[1], y.shape[1]
     within_x, within_y, across = (
         kernel(squares(a, b)).sum((1, 2), dtype=torch.float64) for a, b in ((x, x), (y, y), (x, y))
@@ -324,7 +330,7 @@ def _all_pairs(
     pooled = torch.cat([x, y])
     if len(pooled) <= _SMALL_ROWS:
         pooled = pooled.double()  # few permutations are possible, and equal ones must be seen to be equal
-    pooled = pooled - pooled.mean(0)  # small numbers keep their digits in the product
+    pooled = pooled - center(pooled)
     pairs = kernel(squares(pooled, pooled).fill_diagonal_(0)).fill_diagonal_(0)
     z = memberships(n, m, permutations, rng).to(pairs)
     row_sums = pairs.sum(1, dtype=torch.float64)
@@ -341,7 +347,7 @@ def median_square(x: torch.Tensor, y: torch.Tensor, rng: np.random.Generator) ->
     share = len(x) / (len(x) + len(y))
     n = min(len(x), max(1, round(share * _BANDWIDTH_ROWS)))
     some = torch.cat([sampled(x, n, rng), sampled(y, max(1, _BANDWIDTH_ROWS - n), rng)]).double()
-    some = some - some.mean(0)
+    some = some - center(some)
     each = np.concatenate([row[i:] for i, row in enumerate(squares(some, some).cpu().numpy(), 1)])
     equal = len(each) - int(np.count_nonzero(each))
     middle = equal + (len(each) - equal - 1) // 2

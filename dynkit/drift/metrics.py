@@ -14,7 +14,7 @@ import torch
 
 from dynkit.drift.chance import Kept, Prepared, Scores, Tested, number, tested
 from dynkit.drift.columns import check_level, same_columns
-from dynkit.drift.kernels import MMD, BlockMMD, Energy, squares
+from dynkit.drift.kernels import MMD, BlockMMD, Energy, center, squares
 from dynkit.drift.marginals import (
     JS,
     KS,
@@ -377,10 +377,10 @@ METRICS: dict[str, type[Any]] = {
 
 def _nearest(x: torch.Tensor, core: torch.Tensor) -> torch.Tensor:
     """Squared distance (N,) of each sample to the nearest of `core`."""
-    center = core.mean(0)
-    core = core - center
+    middle = center(core)
+    core = core - middle
     blocks = torch.split(x, max(1, _PAIRS // len(core)))
-    return torch.cat([squares(rows - center, core).min(1).values for rows in blocks])
+    return torch.cat([squares(rows - middle, core).min(1).values for rows in blocks])
 
 
 def _logistic(x: torch.Tensor, y: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
