@@ -159,18 +159,20 @@ class Batches:
     def _edges(self) -> IntArray:
         """Where batches begin in the order of an epoch, and where the last one ends."""
         n, size = self.samples, self._batch_size
-        edges = np.append(np.arange(0, n, size), n)
+        edges = np.minimum(np.arange(0, n + size, size, dtype=np.int64), n)
         if self._last == "join" and len(edges) > 2 and size > 1 and edges[-1] - edges[-2] == 1:
             edges = np.delete(edges, -2)
         if self._last == "drop" and len(edges) > 1 and edges[-1] - edges[-2] < size:
             edges = edges[:-1]
-        return edges.astype(np.int64)
+        return edges
 
     @cached_property
     def _shares(self) -> tuple[IntArray, IntArray]:
         """Where the share of this process begins in each batch, and how large it is."""
         rank, ranks = self._part
         low, size = self._edges[:-1], np.diff(self._edges)
+        if ranks == 1:
+            return low, size
         begin, end = size * rank // ranks, size * (rank + 1) // ranks
         shared = size >= 2 * ranks
         return low + np.where(shared, begin, 0), np.where(shared, end - begin, size)
@@ -367,7 +369,7 @@ def _cut(batch: Batch, sizes: list[int]) -> Iterator[Batch]:
         ends = np.cumsum(sizes).tolist()
         yield from (slice_batch(batch, end - size, end) for size, end in zip(sizes, ends, strict=True))
     else:
-        parts = [torch.split(tensor, sizes) for tensor in batch.values()]
+        parts = [tensor.split_with_sizes(sizes) for tensor in batch.values()]
         yield from (dict(zip(batch, part, strict=True)) for part in zip(*parts, strict=True))
 
 
