@@ -2,8 +2,6 @@
 
 import os
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -11,6 +9,7 @@ import numpy as np
 import pytest
 import storms
 import torch
+from forks import running
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, multiple, rule
@@ -149,37 +148,20 @@ def test_whatever_happens_a_model_comes_back_as_it_was(tmp_path: Path, monkeypat
     run_state_machine_as_test(Machine, settings=how)
 
 
-def storm(folder: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, storms.__file__, str(folder)]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
-    return process
-
-
-def told(process: subprocess.Popen[str], line: str) -> str:
-    assert process.stdin is not None
-    assert process.stdout is not None
-    process.stdin.write(line + "\n")
-    process.stdin.flush()
-    return process.stdout.readline().strip()
-
-
 def test_no_kill_loses_or_spoils_a_model(ws: dk.Workspace) -> None:
     kills = int(os.environ.get("DYNKIT_KILLS", "30"))
     last_s = 0.2
     rng = np.random.default_rng(0)
-    process = storm(ws.path)
     before: set[str] = set()
-    while kills > 0:
-        assert told(process, f"1 {rng.uniform(0, last_s)}") == "9"
-        here = set(ws.models)
-        assert before <= here
-        if here == before:
-            last_s = min(1.1 * last_s, 5.0)  # a busy machine: kill later
-        else:
-            before, kills = here, kills - 1
-    process.communicate()
+    with running(storms, ws.path) as told:
+        while kills > 0:
+            assert told(f"1 {rng.uniform(0, last_s)}") == "9"
+            here = set(ws.models)
+            assert before <= here
+            if here == before:
+                last_s = min(1.1 * last_s, 5.0)  # a busy machine: kill later
+            else:
+                before, kills = here, kills - 1
     states = ws.models.load_many(list(ws.models))
     assert len(states) > 3
     assert all(manifest_id({n: tensor_id(t) for n, t in state.items()}) == id for id, state in states.items())
@@ -190,9 +172,8 @@ def test_no_kill_loses_or_spoils_a_model(ws: dk.Workspace) -> None:
 
 
 def test_four_writers_with_gc_and_repack_beside_them(ws: dk.Workspace) -> None:
-    process = storm(ws.path)
-    assert told(process, "4 3.0 removes") == "9 9 9 9"
-    process.communicate()
+    with running(storms, ws.path) as told:
+        assert told("4 3.0 removes") == "9 9 9 9"
     states = ws.models.load_many(list(ws.models))
     assert len(states) > 4
     assert all(manifest_id({n: tensor_id(t) for n, t in state.items()}) == id for id, state in states.items())

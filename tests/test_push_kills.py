@@ -1,8 +1,6 @@
 """Pushes killed at any moment lose and spoil nothing, here or there, and the next one goes on."""
 
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -12,6 +10,7 @@ import pushes
 import pytest
 import sqlalchemy as sa
 import torch
+from forks import running
 from test_lineage_buckets import objects
 from test_remote import bucket, server  # noqa: F401  # fixtures
 
@@ -58,17 +57,12 @@ def facts(catalog: Catalog, models: set[str]) -> dict[str, tuple[object, ...]]:
 def killed_pushes(ws: dk.Workspace, there: There, kills: int) -> int:
     """Kill so many pushes; return how many of them left models there that are not all."""
     rng = np.random.default_rng(0)
-    command = [sys.executable, pushes.__file__, str(ws.path)]
     before: set[str] = set()
     longest_s, partial = 1.0, 0
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdin is not None and process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
+    with running(pushes, ws.path) as told:
         while kills:
             grow(ws, rng, max(0, _BACKLOG - len(ws.models) + len(before)))
-            process.stdin.write(f"{rng.uniform(0, longest_s)}\n")
-            process.stdin.flush()
-            code, seconds = process.stdout.readline().split()
+            code, seconds = told(f"{rng.uniform(0, longest_s)}").split()
             here = set(ws.models)
             with there() as catalog:
                 store = ModelStore(catalog)
@@ -87,7 +81,6 @@ def killed_pushes(ws: dk.Workspace, there: There, kills: int) -> int:
                 assert (code, now) == ("0", here)
                 longest_s = float(seconds)
             before = now
-        process.stdin.close()
     return partial
 
 

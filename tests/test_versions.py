@@ -3,7 +3,6 @@
 import datetime as dt
 import os
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -13,6 +12,7 @@ import crashes
 import numpy as np
 import polars as pl
 import pytest
+from forks import running
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -104,17 +104,12 @@ def test_a_writer_killed_at_two_hundred_moments_loses_nothing_and_shows_nothing_
     dataset = ws.create_dataset("d", fields=crashes.FIELDS, label="int64")
     states: dict[int, crashes.State] = {1: {}}
     next_key = 0
-    command = [sys.executable, str(Path(crashes.__file__)), str(ws.path)]
     rng = np.random.default_rng(0)
     operations = set()
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as zygote:
-        assert zygote.stdin is not None and zygote.stdout is not None
-        assert zygote.stdout.readline() == "ready\n"
-        longest_s = 0.06
+    longest_s = 0.06
+    with running(crashes, ws.path) as told:
         for _ in range(200):
-            zygote.stdin.write(f"{rng.random() * longest_s}\n")
-            zygote.stdin.flush()
-            assert zygote.stdout.readline() == "9\n"  # it was at work until it was killed
+            assert told(f"{rng.random() * longest_s}") == "9"  # it was at work until it was killed
             before = max(states)
             for number in range(before, dataset.version):
                 kind, arguments = crashes.operation(number, states[number], next_key)
@@ -123,7 +118,6 @@ def test_a_writer_killed_at_two_hundred_moments_loses_nothing_and_shows_nothing_
                 crashes.check(dataset.at(number + 1), states[number + 1])
             made = max(states) - before
             longest_s *= 1.1 if not made else 0.9 if made > 2 else 1.0  # a slow disk: kill later; and not too late
-        zygote.stdin.close()
     assert operations == {"append", "delete", "label", "compact"}
     assert max(states) > 100
     orphans = dataset.gc()
