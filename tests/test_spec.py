@@ -262,10 +262,14 @@ def test_the_schema_accepts_what_is_valid_and_is_plain_json() -> None:
     check = jsonschema.Draft202012Validator(found)
     document = parse(GOOD).value
     check.validate(document)
+    check.validate({**document, "trigger": {"package.module:Mine": {"samples": 5}}})
     for wrong in (
         {**document, "sede": 3},
         {**document, "seed": -1},
         {**document, "training": {"epoch": 1}},
+        {**document, "trigger": {"amount": {"samples": 5}}},
+        {**document, "trigger": {"amount": 5, "time": "1d"}},
+        {**document, "trigger": {}},
         {"dataset": "d"},
     ):
         assert not check.is_valid(wrong)

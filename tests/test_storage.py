@@ -232,7 +232,7 @@ def test_address_space_is_not_wasted_on_large_samples_of_odd_size() -> None:
 def test_an_epoch_has_every_sample_once_in_an_order_of_its_own(ws: dk.Workspace, windowed: bool, last: str) -> None:
     dataset = filled(ws, "zstd" if windowed else "none", rows=1025)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(batches_module, "_CACHE_BYTES", 4 * 200 * dataset.open().row_bytes)
+        patch.setattr(batches_module, "CACHE_BYTES", 4 * 200 * dataset.open().row_bytes)
         patch.setattr(batches_module, "_SUPER_BATCH_BYTES", 100 * dataset.open().row_bytes)
         batches = dataset.batches(dataset.keys(), batch_size=32, seed=3, last=last)
         epochs = [[batch["x"][:, 0].tolist() for batch in batches] for _ in range(2)]
@@ -251,7 +251,7 @@ def test_a_windowed_shuffle_mixes_as_it_says(ws: dk.Workspace, monkeypatch: pyte
     rows = 20_000
     dataset = filled(ws, "zstd", rows=rows, parts=1)
     row_bytes = dataset.open().row_bytes
-    monkeypatch.setattr(batches_module, "_CACHE_BYTES", 4 * 2_000 * row_bytes)  # windows of 100 chunks
+    monkeypatch.setattr(batches_module, "CACHE_BYTES", 4 * 2_000 * row_bytes)  # windows of 100 chunks
     order = torch.cat([batch["x"][:, 0] for batch in dataset.batches(None, 50, seed=1)]).numpy()
     assert sorted(order.tolist()) == list(range(rows))
     windows = order.reshape(10, 2_000)

@@ -22,7 +22,7 @@ import torch
 from dynkit.data.arrays import Memory, take_stored
 from dynkit.data.fields import Stored
 from dynkit.data.store import Folder
-from dynkit.data.version import Version
+from dynkit.data.version import CACHE_BYTES, Version
 from dynkit.errors import InvalidInput, check_whole
 from dynkit.time import IntArray
 
@@ -31,7 +31,6 @@ __all__ = ["Batch", "Batches", "length_of", "slice_batch", "take_batch"]
 Batch = dict[str, torch.Tensor]
 
 _SUPER_BATCH_BYTES = 16 << 20  # so that two threads copy for longer than one takes to wake up
-_CACHE_BYTES = 512 << 20
 _MEMORY_BYTES = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 _WORTH_HIDING = 10  # a load that takes more than this part of the time between two of them
 _LAST = ("keep", "drop", "join")
@@ -187,7 +186,7 @@ class Batches:
     def _plan(self) -> _Plan:
         version = self._version
         total = version.row_bytes * len(self._keys)
-        window_bytes = (self._cache_bytes or _CACHE_BYTES) // 4
+        window_bytes = (self._cache_bytes or CACHE_BYTES) // 4
         if version.compressed:
             return self._planned(window_bytes, windowed=True, reason="chunks are compressed and decoded once per epoch")
         if not isinstance(version.store, Folder):

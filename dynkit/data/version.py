@@ -21,9 +21,9 @@ from dynkit.data.store import Folder, Remote
 from dynkit.errors import InvalidInput, NotFound, StorageError, did_you_mean
 from dynkit.time import IntArray
 
-__all__ = ["Version"]
+__all__ = ["CACHE_BYTES", "Version"]
 
-_CACHE_BYTES = 512 << 20
+CACHE_BYTES = 512 << 20  # of decoded samples, where nobody says otherwise
 _TABLE_KEYS = 1 << 25  # a table from key to row takes 4 bytes a key
 _RECHUNK_ROWS = 10_000_000  # a longer table stays memory-mapped
 
@@ -229,7 +229,7 @@ class Version:
             for entry, layout, first in zip(self.segments, layouts, firsts.tolist(), strict=False)
         ]
         if any(layout["codec"] != "none" for layout in layouts):
-            return Decoded(parts, row_bytes, _CACHE_BYTES)
+            return Decoded(parts, row_bytes, CACHE_BYTES)
         mapped = Mapped(parts, int(firsts[-1]), row_bytes)
         if isinstance(self.store, Folder):
             mapped.open()

@@ -47,7 +47,9 @@ def schema() -> dict[str, Any]:
             }
             for name, cls in BUILT_IN[role].items()
         ]
-        return {"anyOf": [{"enum": list(BUILT_IN[role])}, *built_in, reference, {"type": "object", "maxProperties": 1}]}
+        names = list(BUILT_IN[role])
+        own = {"type": "object", "minProperties": 1, "maxProperties": 1, "propertyNames": {"not": {"enum": names}}}
+        return {"anyOf": [{"enum": names}, *built_in, reference, own]}
 
     def named(key: str, known: tuple[str, ...]) -> dict[str, Any]:
         options = [{"enum": list(known)}, reference, {"type": "null"}]
