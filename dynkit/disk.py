@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["flush", "flush_tree", "locked"]
+__all__ = ["flush", "flush_tree", "locked", "read_at"]
 
 _POLL_S = 0.1
 
@@ -47,4 +47,25 @@ def locked(path: Path, waiting: Callable[[], None]) -> Iterator[None]:
             except BlockingIOError:
                 waiting()
                 time.sleep(_POLL_S)
-        yield
+        try:
+            yield
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)  # also for children that were forked meanwhile
+
+
+def read_at(descriptor: int, size: int, offset: int) -> bytes:
+    """Read bytes of a file, more than the system gives at once, too.
+
+    Raises
+    ------
+    OSError
+        When the file ends before.
+    """
+    parts: list[bytes] = []
+    while size:
+        part = os.pread(descriptor, size, offset)
+        if not part:
+            raise OSError("the file ends too early")
+        parts.append(part)
+        size, offset = size - len(part), offset + len(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)

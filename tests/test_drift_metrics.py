@@ -119,6 +119,37 @@ def test_wasserstein_is_the_mean_of_scipys_in_standard_deviations() -> None:
 
 
 @pytest.mark.parametrize("name", ["psi", "js", "hellinger"])
+def test_a_frequent_value_has_a_bin_of_its_own_in_any_dtype(name: str) -> None:
+    rng = np.random.default_rng(0)
+    x, y = np.where(rng.random((2, 500, 1)) < 0.4, [[[255.0]], [[240.0]]], rng.integers(0, 200, (2, 500, 1)))
+    wide = dk.drift.prepared(name, x).score(y)
+    assert wide > 0.5
+    for dtype in (np.float32, np.uint8):
+        assert dk.drift.prepared(name, x.astype(dtype)).score(y.astype(dtype)) == pytest.approx(wide)
+    with pytest.raises(InvalidInput, match="column 'a' has infinite values"):
+        dk.drift.columns(*(pl.DataFrame({"a": np.where(side == 255, np.inf, side)[:, 0]}) for side in (x, y)), name)
+
+
+def test_the_wasserstein_test_keeps_its_level_on_heavy_tails() -> None:
+    rng = np.random.default_rng(0)
+    sides = [(rng.lognormal(sigma=2, size=(200, 20)), rng.lognormal(sigma=2, size=(20, 20))) for _ in range(200)]
+    found = [dk.drift.test(x, y, "wasserstein", permutations=99, seed=i).drifted for i, (x, y) in enumerate(sides)]
+    assert np.mean(found) <= 0.1
+
+
+def test_whole_numbers_of_32_bits_keep_their_digits() -> None:
+    x = 4_000_000_000 + np.random.default_rng(0).integers(0, 40, (500, 1))
+    for dtype in (np.uint32, np.uint64, np.int64):
+        assert dk.drift.test(x.astype(dtype), (x + 60).astype(dtype), "ks").score == pytest.approx(1)
+
+
+def test_a_metric_of_ones_own_returns_a_finite_number() -> None:
+    x, _ = two(50, 50, 2)
+    with pytest.raises(PolicyError, match="returned nan; it must return one finite number"):
+        dk.drift.prepared(lambda reference, current: float("nan"), x).score(x)
+
+
+@pytest.mark.parametrize("name", ["psi", "js", "hellinger"])
 def test_shares_are_compared_as_their_formulas_say(name: str) -> None:
     x, y = two(500, 300, 3, 0.4)
     each = []

@@ -188,6 +188,12 @@ def test_curves_are_cut_to_where_all_have_a_model() -> None:
     assert [curve.height for curve in shared([a, b.clear()])] == [2, 0]
 
 
+def test_curves_are_cut_to_where_all_have_an_end() -> None:
+    trained = [Trained(0, 0, -1, "x", 1, 0.0)]
+    short, long = (composite(matrix_of(anchors, ["x"]), trained) for anchors in ([0, 10], [0, 10, 20, 30]))
+    assert [curve.height for curve in shared([short, long])] == [2, 2]
+
+
 def test_the_matrix_is_what_a_plain_loop_finds(dataset: dk.Dataset) -> None:
     models = {name: make_model() for name in ("m0", "m1", "m2")}
     windows = [Window(int(w), int(w) + 5 * DAY_NS) for w in dataset.table()["timestamp"].dt.epoch("ns")[[0, 500, 2500]]]

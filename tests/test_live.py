@@ -221,6 +221,26 @@ def test_a_run_that_skipped_a_trigger_goes_on(ws: dk.Workspace) -> None:
     assert [one.position for one in run.trained] == [200, 300, 400, 500, 600]
 
 
+def test_a_trigger_for_which_nothing_is_chosen_is_skipped_also_on_continuing(ws: dk.Workspace) -> None:
+    row = pl.int_range(pl.len())
+    frame = make_frame(600).with_columns(late=pl.when((row < 150) | (row >= 420)).then("late"))
+    dataset = ws.ingest("s", frame, timestamp="when", label="late", features=["a", "b", "c"])
+    pipeline = make_pipeline(dataset, trigger=dk.triggers.Amount(100), selection=dk.selection.New())
+    events = pipeline.replay()
+    for event in events:
+        if event.kind == "trained" and event.data["index"] == 2:
+            break
+    events.close()
+    run = ws.run(event.run)
+    run.resume()
+    assert run.wait(60) == "finished"
+    assert [one.position for one in run.trained] == [100, 200, 500, 600]
+    skipped = [event.data for event in run.events() if event.kind == "skipped"]
+    assert [(one["position"], one["reason"]) for one in skipped] == [
+        (position, "the selection chose no sample") for position in (300, 400)
+    ]
+
+
 def test_a_file_is_tried_again_after_trouble_that_passes(
     ws: dk.Workspace, dataset: dk.Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,7 +2,9 @@
 
 import os
 import shutil
+import sqlite3
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +17,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, multiple, rule
 
 import dynkit as dk
-from dynkit.errors import NotFound, StorageError
-from dynkit.models import manifest_id, tensor_id
+from dynkit.disk import read_at
+from dynkit.errors import InvalidInput, NotFound, StorageError
+from dynkit.models import manifest_id, tensor_id, writing
 from dynkit.models.reading import DEPTH, Reader
 
 State = dict[str, torch.Tensor]
@@ -289,3 +292,95 @@ def test_repack_uses_a_lineage_that_became_known_later(ws: dk.Workspace) -> None
     assert ws.models.stats().stored_bytes < before * 0.9
     assert len(list((ws.path / "models/packs").glob("*.pack"))) == 1
     assert equal(dk.Workspace(ws.path).models.load(second), child)
+
+
+def test_gc_keeps_what_a_later_put_could_find(ws: dk.Workspace) -> None:
+    base, large = torch.randn(300, 300), torch.randn(1000, 1000)
+    tuned = base + 1e-4 * torch.randn(300, 300)
+    first = ws.models.put({"b": base})
+    both = ws.models.put({"a": large, "b": tuned}, [first])
+    ws.models.put({"a": large})
+    ws.models.remove(both)
+    ws.models.remove(first)
+    ws.models.gc(grace_s=0)  # takes the base; what was predicted from it stays in the file of the large one
+    again = ws.models.put({"b": tuned})
+    assert equal(dk.Workspace(ws.path).models.load(again), {"b": tuned})
+    assert ws.models.fsck(deep=True) == []
+
+
+def test_a_commit_whose_answer_is_lost_keeps_its_file(ws: dk.Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = {"w": torch.randn(100)}
+    dialect, published = ws.catalog._engine.dialect, []
+    publish = writing._publish
+    monkeypatch.setattr(writing, "_publish", lambda *arguments: published.append(publish(*arguments)))
+    commit = dialect.do_commit
+
+    def committed(connection: object) -> None:
+        commit(connection)
+        if published and published.pop() is None:
+            raise sqlite3.OperationalError("server closed the connection unexpectedly")
+
+    monkeypatch.setattr(dialect, "do_commit", committed)
+    with pytest.raises(StorageError, match="closed the connection"):
+        ws.models.put(state, name="m")
+    monkeypatch.undo()
+    assert equal(dk.Workspace(ws.path).models.load("m"), state)
+
+
+def test_more_threads_than_connections_may_put(ws: dk.Workspace) -> None:
+    states = [{"w": torch.randn(50)} for _ in range(48)]
+    with ThreadPoolExecutor(24) as pool:
+        models = list(pool.map(ws.models.put, states))
+    assert all(equal(ws.models.load(model), state) for model, state in zip(models, states, strict=True))
+
+
+def test_a_tensor_that_changes_meanwhile_is_refused(ws: dk.Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(100_000)
+    coded = writing.coded_tensor
+
+    def changed(*arguments, **options):  # type: ignore[no-untyped-def]
+        weight.add_(1.0)
+        return coded(*arguments, **options)
+
+    monkeypatch.setattr(writing, "coded_tensor", changed)
+    with pytest.raises(InvalidInput, match="a tensor changed while it was stored"):
+        ws.models.put({"w": weight})
+    monkeypatch.undo()
+    assert len(ws.models) == 0
+
+
+def test_tensors_that_a_prediction_cannot_cope_with_are_stored_some_other_way(ws: dk.Workspace) -> None:
+    base = torch.randn(300, 300)
+    strange = base + torch.randn(300, 1) @ torch.randn(1, 300)
+    strange[200, 150] = float("nan")
+    huge = torch.randn(200, 200).double()
+    parent = {"low": base, "huge": huge, "rows": torch.arange(40, dtype=torch.int32).view(10, 4).to(torch.uint16)}
+    child = {
+        "low": strange,
+        "huge": torch.full_like(huge, torch.finfo(torch.float64).min),
+        "rows": torch.cat([parent["rows"].int().flip(0), torch.zeros(3, 4, dtype=torch.int32)]).to(torch.uint16),
+    }
+    model = ws.models.put(child, [ws.models.put(parent)])
+    assert equal(dk.Workspace(ws.path).models.load(model), child)
+    ws.models.repack()
+
+
+def test_a_path_may_have_any_character(tmp_path: Path) -> None:
+    for name in ("lr?1", "lr?2", "a%20b", "c#d"):
+        ws = dk.Workspace(tmp_path / name)
+        ws.models.put({"w": torch.ones(2)}, name=f"of {name}")
+        assert list(dk.Workspace(tmp_path / name).models.names()) == [f"of {name}"]
+        assert (tmp_path / name / "catalog.sqlite").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a%20b", "c#d", "lr?1", "lr?2"]
+
+
+def test_many_bytes_are_read_in_several_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = os.urandom(10_000)
+    (tmp_path / "file").write_bytes(data)
+    pread = os.pread
+    monkeypatch.setattr(os, "pread", lambda file, size, offset: pread(file, min(size, 999), offset))  # as from 2 GB on
+    descriptor = os.open(tmp_path / "file", os.O_RDONLY)
+    assert read_at(descriptor, 5_000, 1_234) == data[1_234:6_234]
+    with pytest.raises(OSError, match="ends too early"):
+        read_at(descriptor, 5_000, 6_000)
+    os.close(descriptor)

@@ -421,7 +421,6 @@ def test_inline_a_failure_is_raised_and_recorded(ws: dk.Workspace, dataset: dk.D
         ({"trigger": lambda new, run: [5, 5]}, PolicyError, "position 5 after 5"),
         ({"trigger": lambda new, run: [10**6]}, PolicyError, "expected increasing whole numbers from -1 to 999"),
         ({"trigger": lambda new, run: [0.5]}, PolicyError, "position 0.5"),
-        ({"selection": lambda pool, run, rng: []}, PolicyError, "the selection returned no samples at trigger 0"),
         ({"selection": lambda pool, run, rng: [2999]}, PolicyError, "not in its pool"),
         ({"selection": lambda pool, run, rng: [-1]}, PolicyError, "not in its pool"),
         ({"selection": lambda pool, run, rng: ["a"]}, PolicyError, "must return keys or a frame"),

@@ -138,3 +138,22 @@ def test_what_goes_wrong_there_is_told(bucket: str, tmp_path: Path, monkeypatch:
         dataset.verify()
     with pytest.raises(StorageError, match=r"NoSuchBucket|404|does not exist"):
         dk.Workspace(tmp_path / "c", storage="s3://no-such-bucket/x").create_dataset("d", fields={"x": "int64"})
+
+
+def test_an_append_whose_answer_is_lost_is_there_once(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset, keys = filled(dk.Workspace(tmp_path / "ws", storage=bucket))
+    obstore = dataset._store._obstore
+    put = obstore.put
+
+    def twice(store, path, data, **options):  # type: ignore[no-untyped-def]
+        if path.startswith("versions/"):
+            put(store, path, data, **options)  # as when a proxy answers with an error what the server has done
+        return put(store, path, data, **options)
+
+    monkeypatch.setattr(obstore, "put", twice)
+    more = dataset.append(x=np.ones((3, 100), np.int32), t=[[1], [2], [3]], timestamp=[1000, 1001, 1002])
+    monkeypatch.undo()
+    assert len(dataset) == len(keys) + 3
+    assert dataset.read(more)["x"][:, 0].tolist() == [1, 1, 1]

@@ -214,6 +214,23 @@ def test_quarter_turns_of_images_and_vectors_are_exact() -> None:
     assert np.allclose(np.sort(back, axis=0), np.sort(vectors, axis=0), atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "int64", "float32"])
+def test_whole_numbers_turn_and_blur_as_real_ones_do(dtype: str) -> None:
+    x = np.random.default_rng(0).integers(0, 256, (40, 6)).astype(dtype)
+    a, b = x[:, ::2].astype(float), x[:, 1::2].astype(float)
+    exact = np.stack([a - b, a + b], 2).reshape(40, 6) / 2**0.5
+    stream = S.rotation((x, np.arange(40)), degrees=(0, 45), seed=0)
+    limits = (0, 255) if dtype == "uint8" else (-1000, 1000)
+    at = stream.y[20:]
+    assert np.abs(stream.x[20:].astype(float) - np.clip(exact[at], *limits)).max() <= (
+        0.5 if dtype != "float32" else 1e-4
+    )
+    images = np.random.default_rng(0).integers(0, 256, (40, 8, 8)).astype(dtype)
+    blurred = S.corruption((images, np.arange(40)), "blur", severities=(0, 1))
+    same = images[blurred.y[20:]].astype(float)
+    assert blurred.x[20:].astype(float).mean() == pytest.approx(same.mean(), abs=0.1)
+
+
 def test_corruptions_are_as_severe_as_they_say() -> None:
     vectors = np.random.default_rng(0).normal(3, 2, (4000, 4)).astype(np.float32)
     noisy = S.corruption((vectors, np.arange(4000) % 2), severities=(0, 1))

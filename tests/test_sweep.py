@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing as mp
+import threading
 
 import pytest
 from streams import make_frame, make_pipeline, replayed
@@ -80,6 +81,32 @@ def test_a_sweep_runs_the_grid_and_shares_what_it_can(dataset: dk.Dataset) -> No
     again = dk.sweep(base, jobs=2, **grid).wait(60)
     assert [run.id for run in again.runs[1:]] == [run.id for run in sweep.runs[1:]]
     assert models(again.runs[0]) == models(alone)  # that one is newer
+
+
+def test_a_finished_run_is_found_again_behind_an_interrupted_one(dataset: dk.Dataset) -> None:
+    base = make_pipeline(dataset)
+    done = replayed(base)
+    interrupted = base.replay()
+    next(interrupted)
+    interrupted.close()
+    assert [run.id for run in dk.sweep(base, seed=[base.seed]).wait().runs] == [done.id]
+
+
+def test_a_run_that_is_being_started_is_cancelled_too(dataset: dk.Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    starting, cancelled = threading.Event(), threading.Event()
+    start = dk.Pipeline.start
+
+    def slow(pipeline, **options):  # type: ignore[no-untyped-def]
+        starting.set()
+        assert cancelled.wait(60)
+        return start(pipeline, **options)
+
+    monkeypatch.setattr(dk.Pipeline, "start", slow)
+    sweep = dk.sweep(make_pipeline(dataset, training=dk.Training(epochs=10_000)), seed=[0])
+    assert starting.wait(60)
+    sweep.cancel()
+    cancelled.set()
+    assert [run.status for run in sweep.wait(120).runs] == ["cancelled"]
 
 
 def test_a_sweep_can_be_cancelled(dataset: dk.Dataset) -> None:

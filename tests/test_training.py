@@ -15,6 +15,7 @@ import dynkit as dk
 from dynkit.data import Batches
 from dynkit.errors import InvalidInput, TrainingError
 from dynkit.training import FitContext, Training, fit, resolve_device, seeded
+from dynkit.training.train import Task, train
 
 CPU = torch.device("cpu")
 
@@ -225,11 +226,41 @@ def test_labels_beyond_the_outputs_are_told(ws: dk.Workspace) -> None:
         trained(dataset, Training())
 
 
+@pytest.mark.parametrize(("keys", "share"), [(np.repeat(np.arange(50), 4), 0.2), (np.arange(5), 0.1)])
+def test_no_sample_is_trained_on_and_validated_on(dataset: dk.Dataset, keys: np.ndarray, share: float) -> None:
+    seen: list[set[tuple[float, ...]]] = []
+
+    def own(model: nn.Module, batches: Batches, context: FitContext) -> None:
+        for part in (batches, context.validation):
+            assert part is not None
+            seen.append({tuple(row) for batch in part for row in batch["x"].tolist()})
+
+    train(make_model(), dataset.open(), Task(Training(validation=share, fit=own), 0, keys), device=CPU)
+    assert not seen[0] & seen[1]
+    assert (len(seen[0]), len(seen[1])) == ((40, 10) if len(keys) == 200 else (4, 1))
+
+
+def test_a_batch_from_which_samples_are_chosen_keeps_two(dataset: dk.Dataset) -> None:
+    def model() -> nn.Module:
+        return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+
+    half = Training(batch_size=249, batch_selection=dk.selection.Loss(fraction=0.5))
+    _, context = trained(dataset, half, model())  # 249, 249 and 2
+    assert context.history[-1]["kept"] == 124 + 124 + 2
+    with pytest.raises(TrainingError, match="one sample cannot train this model: Expected more than 1 value"):
+        train(model(), dataset.open(), Task(Training(), 0, np.arange(1)), device=CPU)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"epochs": 0}, "epochs=0"),
+        ({"epochs": None}, "epochs=None"),
+        ({"accumulate": None}, "accumulate=None"),
         ({"seed": -1}, "seed=-1"),
+        ({"seed": 1.5}, "seed=1.5"),
+        ({"weight_decay": float("inf")}, "weight_decay=inf"),
+        ({"lr": None}, "lr=None"),
         ({"weight_decay": "x"}, "weight_decay='x'"),
         ({"batch_size": 2.0}, "batch_size=2.0"),
         ({"lr": 0}, "lr=0"),

@@ -23,7 +23,7 @@ from dynkit.data import Batches
 from dynkit.errors import InvalidInput, TrainingError
 from dynkit.training import FitContext, Optimizer, Training, seeded
 from dynkit.training.processes import train_together
-from dynkit.training.train import Outcome, Task, train
+from dynkit.training.train import Fitted, Task, train
 
 
 @given(st.integers(1, 700), st.integers(1, 100), st.integers(2, 5), st.sampled_from(["keep", "drop", "join"]))
@@ -53,7 +53,7 @@ def test_parts_of_batches_make_the_whole_batches(
     assert {len(part) for part in parts} == {len(whole)}
 
 
-def both(dataset: dk.Dataset, model: nn.Module, **options: Any) -> tuple[nn.Module, Outcome, nn.Module, Outcome]:
+def both(dataset: dk.Dataset, model: nn.Module, **options: Any) -> tuple[nn.Module, Fitted, nn.Module, Fitted]:
     """Train in one process, and in two."""
     task = {"seed": 5, "keys": np.arange(403), **options}
     settings = task.pop("training")

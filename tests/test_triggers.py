@@ -101,12 +101,32 @@ def test_majority_is_more_than_half() -> None:
     assert fired(majority(EveryThird(70))) == fired(EveryThird(70))
 
 
+def at(*rows: int, known_after: int = 0):  # type: ignore[no-untyped-def]
+    """A trigger that fires at these rows of the stream, once so many more are there."""
+
+    def trigger(new, run):  # type: ignore[no-untyped-def]
+        first = run.past.height - known_after
+        return [row - first - known_after for row in rows if first <= row < first + new.height]
+
+    return trigger
+
+
+def test_inner_votes_are_void_after_a_training_that_others_asked_for() -> None:
+    assert fired(any_of(all_of(at(10), at(30)), at(20)), TABLE.head(100)) == [21]
+
+
+@pytest.mark.parametrize("split", [1, 7, 100])
+def test_inner_votes_do_not_outlive_a_training_however_the_stream_is_cut(split: int) -> None:
+    inner = at_least(2, at(10, 20), at(10), at(10, known_after=1))
+    assert fired(at_least(2, inner, at(15, 40)), TABLE.head(100), split) == [16]
+
+
 def test_votes_travel_with_the_state_of_what_they_hold() -> None:
     trigger = all_of(EveryThird(100), EveryThird(150))
     view = testing.StreamView(past=TABLE.head(0), now_ns=int(TABLE["timestamp"].to_physical()[0]))
     assert list(trigger(TABLE.head(120), view)) == []
     again = pickle.loads(pickle.dumps(trigger))
-    view.samples_since_trigger = 120
+    view.past, view.samples_since_trigger = TABLE.head(120), 120
     assert list(again(TABLE.slice(120, 100), view)) == [29]
 
 
@@ -214,6 +234,31 @@ def test_better_looks_may_reduce_the_count(tmp_path) -> None:
     criterion = AvoidableMisclassifications(30, expected_accuracy=0.9, allow_reduction=True)
     _, told = looks(tmp_path, [0, 15, 4, 35], Performance(every=100, criterion=criterion))
     assert [one["avoidable"] for one in told[1:]] == [5, -1, 24]
+
+
+@pytest.mark.parametrize("every", [1, 3, 4, 20])
+def test_avoidable_misclassifications_are_counted_however_small_a_look_is(tmp_path, every: int) -> None:
+    criterion = AvoidableMisclassifications(10, expected_accuracy=0.5)  # half of the errors are fine: 20 of them fire
+    positions, _ = looks(tmp_path, [100, 100], Performance(every=every, criterion=criterion))
+    assert set(np.diff(positions)) == {-(-20 // every) * every}
+
+
+@pytest.mark.parametrize("criterion", [Threshold, DynamicQuantile])
+def test_a_criterion_is_an_object_not_its_class(criterion: type) -> None:
+    for trigger in (Drift, Performance):
+        with pytest.raises(InvalidInput, match=r"criterion=<class .* is not one; write dk.drift.Threshold"):
+            trigger(criterion=criterion)
+
+
+def test_a_criterion_of_ones_own_sees_all_scores_before(tmp_path) -> None:
+    seen = []
+
+    def criterion(value, history, *, lower_is_worse=False):  # type: ignore[no-untyped-def]
+        seen.append(list(history))
+        return dk.drift.Threshold(0.0)(value)
+
+    looks(tmp_path, [0, 10, 30, 20, 10], Performance(every=100, criterion=criterion))
+    assert seen == [pytest.approx(scores) for scores in ([], [0.9], [0.9, 0.7], [0.9, 0.7, 0.8])]
 
 
 def test_without_a_holdout_the_first_look_says_what_to_expect(tmp_path) -> None:
@@ -332,6 +377,16 @@ def test_latency_regret_by_hand() -> None:
     assert [report.get("threshold") for report in view.reports] == [None, 70.0, 90.0, 110.0]
 
 
+def test_latency_regret_of_many_samples_that_wait_for_long_only_grows() -> None:
+    table = seconds(list(range(0, 12_000 * 3600, 3600)))  # 7e13 ns of waiting do not fit in a whole number
+    view = testing.StreamView(past=table.head(1))
+    view.trained = [Trained(0, 1, 0, "m", 1, 1.0)]
+    assert list(Cost(rate=1e12, every=1000, training_s=lambda samples: 1e6)(table.slice(1), view)) == []
+    scores = [report["score"] for report in view.reports]
+    assert len(scores) == 12 and (np.diff(scores) > 0).all()
+    assert scores[-1] == pytest.approx(3600 * 11_999 * 11_998 / 2)
+
+
 def test_regret_starts_anew_after_each_training_and_a_higher_rate_waits_longer() -> None:
     table = seconds(list(range(0, 20_000, 10)))
     slow, fast = (fired(Cost(rate=rate, every=10, training_s=lambda samples: 10.0), table) for rate in (4_000, 400))
@@ -428,6 +483,18 @@ def test_columns_of_the_table_can_be_compared(tmp_path) -> None:
     trigger = Drift(every=500, on="columns", criterion=PValue(0.01), current=500, reference=500)
     run, _ = drifts(tmp_path, trigger, shifted(), features=["a", "b"], model=lambda: nn.Linear(2, 2))
     assert [trained.position for trained in run.trained] == [500, 2500]
+
+
+def test_samples_with_missing_values_are_left_out_of_columns(tmp_path) -> None:
+    frame = shifted().with_columns(
+        a=pl.when(pl.int_range(pl.len()) % 7 == 0).then(None).otherwise("a"),
+        b=pl.when(pl.int_range(pl.len()) % 5 == 0).then(float("nan")).otherwise("b"),
+    )
+    trigger = Drift(every=500, on="columns", sample=frame.height)
+    table = testing.StreamView(past=frame)
+    assert len(trigger._points(frame, table, 0)) == sum(i % 7 > 0 and i % 5 > 0 for i in range(frame.height))
+    with pytest.raises(InvalidInput, match="of 500 samples 0 have all numeric columns, 'a' is missing most"):
+        trigger._points(frame.head(500).with_columns(a=pl.lit(None, pl.Float64)), table, 0)
 
 
 def test_no_numeric_columns_is_an_error_that_helps(tmp_path) -> None:

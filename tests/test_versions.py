@@ -1,11 +1,14 @@
 """Versions: whatever is done to a dataset, in whatever order and however it ends, it is what a dictionary would be."""
 
 import datetime as dt
+import gc
 import os
+import signal
 import subprocess
 import tempfile
 import threading
 import time
+import weakref
 from pathlib import Path
 
 import crashes
@@ -19,7 +22,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from streams import make_frame
 
 import dynkit as dk
-from dynkit.data import writing
+from dynkit import disk
+from dynkit.data import store, writing
 from dynkit.errors import Conflict, InvalidInput, NotFound, StorageError
 
 
@@ -388,3 +392,79 @@ def test_an_erasure_while_somebody_follows(ws: dk.Workspace) -> None:
     dataset.compact(erase=True)
     assert [version.version for version in following] == [5]
     assert len(ws.create_dataset("d", fields={"x": "int64"}, label="str")) == 3  # the declaration is the same
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_an_interrupt_after_the_commit_leaves_what_was_committed(
+    ws: dk.Workspace, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    dataset = ws.create_dataset("d", fields={"x": ("uint8", (2,))})
+
+    def flush(*paths: Path) -> None:
+        disk.flush(*paths)
+        if paths[-1].name == "versions":  # the new version is there; that it will stay is being made sure of
+            raise error
+
+    monkeypatch.setattr(store, "flush", flush)
+    with pytest.raises((KeyboardInterrupt, StorageError)):
+        dataset.append(x=np.ones((2, 2), np.uint8), timestamp=[1, 2])
+    monkeypatch.undo()
+    dataset.verify()
+    assert dataset.read(dataset.keys())["x"].tolist() == [[1, 1], [1, 1]]
+
+
+def test_a_column_may_have_any_name_where_labels_come_late(ws: dk.Workspace) -> None:
+    frame = make_frame(3).select("when", "a", label=pl.lit(0), late=pl.int_range(3), label_right=pl.int_range(3))
+    dataset = ws.ingest("d", frame, timestamp="when", label="label", features=["a"])
+    dataset.label([1], [5])
+    for _ in range(2):
+        table = dataset.table()
+        assert table["label"].to_list() == [0, 5, 0]
+        assert table["late"].to_list() == table["label_right"].to_list() == [0, 1, 2]
+        dataset.compact(erase=True)
+
+
+def test_a_condition_says_something_of_each_sample(ws: dk.Workspace) -> None:
+    dataset = ws.ingest("d", make_frame(4), timestamp="when", label="late", features=["a"])
+    for condition in (pl.col("b").drop_nulls().head(2) > 0, pl.col("b").head(0) > 0):
+        with pytest.raises(InvalidInput, match="values for 4 samples; one for each is needed"):
+            dataset.delete(condition)
+    assert len(dataset) == 4
+    assert len(dataset.at(dataset.delete(pl.lit(True)))) == 0
+
+
+def test_versions_without_a_common_sample_differ_in_all(ws: dk.Workspace) -> None:
+    dataset = ws.create_dataset("d", fields={"x": ("uint8", (2,))}, label="int64")
+    dataset.append(x=np.ones((2, 2), np.uint8), timestamp=[1, 2], label=[0, 1])
+    found = dataset.diff(1, 2)
+    assert (len(found.added), len(found.removed), len(found.relabeled)) == (2, 0, 0)
+    with pytest.raises(InvalidInput, match="2 keys and 0 labels"):
+        dataset.label([0, 1], [])
+
+
+def test_a_version_that_nobody_uses_leaves_memory_at_once(ws: dk.Workspace) -> None:
+    dataset = ws.create_dataset("d", fields={"x": ("uint8", (2,))}, compression="zstd")
+    dataset.append(x=np.ones((2, 2), np.uint8), timestamp=[1, 2])
+    gc.collect()
+    gc.disable()
+    try:
+        version = dataset.at(2).open()
+        version.gather(np.arange(2))
+        watched = weakref.ref(version)
+        del version
+        assert watched() is None
+    finally:
+        gc.enable()
+
+
+def test_a_lock_ends_with_its_block_though_a_child_was_forked_in_it(ws: dk.Workspace) -> None:
+    dataset = ws.create_dataset("d", fields={"x": ("uint8", (2,))})
+    with dataset._store.writing():
+        child = os.fork()
+        if not child:
+            signal.pause()
+    try:
+        assert dataset.gc() == []  # needs to be alone
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)

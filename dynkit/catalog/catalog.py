@@ -150,6 +150,8 @@ class Catalog:
             if isinstance(error, sa.exc.IntegrityError):
                 raise
             raise StorageError(f"the catalog {self.where} cannot be used: {error.orig}") from error
+        except sa.exc.TimeoutError as error:
+            raise StorageError(f"the catalog {self.where} is in use by too many threads at once; try again") from error
 
     @contextmanager
     def alone(self, folder: Path) -> Iterator[None]:

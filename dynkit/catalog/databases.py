@@ -59,7 +59,7 @@ class SQLite:
 
     def engine(self) -> sa.Engine:
         """See `Database`."""
-        engine = sa.create_engine(f"sqlite:///{self.file}")
+        engine = sa.create_engine(sa.URL.create("sqlite", database=str(self.file)))
         sa.event.listen(engine, "connect", _configure_sqlite)
         sa.event.listen(engine, "begin", _begin_sqlite)
         return engine
@@ -96,7 +96,10 @@ class SQLite:
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / ".lock").open("ab") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
+            try:
+                yield
+            finally:
+                fcntl.flock(lock, fcntl.LOCK_UN)  # also for children that were forked meanwhile
 
 
 def _configure_sqlite(connection: Any, record: Any) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 from dynkit.data.fields import Array, Spans, Stored, span_index
 from dynkit.data.mapping import drop_pages, map_file, reserve
 from dynkit.data.shards import decode_chunk, read_index, threads
+from dynkit.disk import read_at
 from dynkit.errors import StorageError
 from dynkit.time import IntArray
 
@@ -188,9 +189,8 @@ class Decoded:
             path = self._segments[segment].file()
             try:
                 with path.open("rb", buffering=0) as shard:  # a mapping would stay in this process's memory
-                    decode_chunk(
-                        self._segments[segment].codec, os.pread(shard.fileno(), size, offset), decoded.reshape(-1)
-                    )
+                    data = read_at(shard.fileno(), size, offset)
+                decode_chunk(self._segments[segment].codec, data, decoded.reshape(-1))
             except (OSError, RuntimeError, ValueError) as error:
                 raise StorageError(f"a chunk of {path} cannot be decoded: {error}") from error
             if keep and self._cache_bytes:

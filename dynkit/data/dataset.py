@@ -217,11 +217,11 @@ class Dataset:
             raise InvalidInput(f"dataset {self.name!r} has no label; make it with label=...")
         keys = as_keys(keys)
         values = pl.Series("label", labels.detach().cpu().numpy() if hasattr(labels, "detach") else labels)
+        if len(values) != len(keys):
+            raise InvalidInput(f"{len(keys)} keys and {len(values)} labels")
         if not len(values):
             return self.version
         series, given = label_series("label", values.fill_nan(None) if values.dtype.is_float() else values)
-        if len(series) != len(keys):
-            raise InvalidInput(f"{len(keys)} keys and {len(series)} labels")
         if series.null_count():
             raise InvalidInput(f"{series.null_count()} of the labels are null; give only those that are known")
         if not fits(given, known):
@@ -351,11 +351,9 @@ class Dataset:
         both = np.intersect1d(old_keys, new_keys, assume_unique=True)
         relabeled = both[:0]
         if new.label is not None:
-            labels = [
-                version.gather(both.astype(np.int64), ["label"])["label"].numpy().reshape(len(both), -1)
-                for version in (old, new)
-            ]
-            relabeled = both[~np.all((labels[0] == labels[1]) | (labels[0] != labels[0]) & (labels[1] != labels[1]), 1)]
+            x, y = (version.gather(both.astype(np.int64), ["label"])["label"].numpy() for version in (old, new))
+            equal = (x == y) | (x != x) & (y != y)
+            relabeled = both[~equal.all(tuple(range(1, equal.ndim)))]
         return Diff(
             np.setdiff1d(new_keys, old_keys, assume_unique=True),
             np.setdiff1d(old_keys, new_keys, assume_unique=True),

@@ -131,11 +131,13 @@ class Field:
         """
         if self.kind == "image":
             return _spans([_encoded(name, image) for image in value], np.uint8)
-        if self.kind == "bytes":
+        if isinstance(value, Spans) and value.values.dtype != self.stored_dtype:
+            raise InvalidInput(f"field {name!r} holds {self.dtype}, the new samples {value.values.dtype}; cast them")
+        if self.kind == "bytes" and not isinstance(value, Spans):
             return _spans([np.frombuffer(bytes(one), np.uint8) for one in value], np.uint8)
+        if isinstance(value, Spans) and self.varies:
+            return value
         if self.kind == "sequence":
-            if isinstance(value, Spans):
-                return value
             if isinstance(value, torch.Tensor) and value.is_nested:
                 value = value.unbind()
             return _spans([self._sequence(name, one) for one in value], self.stored_dtype)
@@ -335,7 +337,9 @@ def _encoded(name: str, image: Any) -> Array:
 
 
 def _is_image(data: bytes) -> bool:
-    return data[:3] == b"\xff\xd8\xff" or data[:8] == b"\x89PNG\r\n\x1a\n" or data[:4] in (b"GIF8", b"RIFF", b"BM")
+    """Whether bytes begin as JPEG, PNG, GIF, BMP, TIFF or WebP do."""
+    known = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"BM", b"II*\0", b"MM\0*")
+    return data.startswith(known) or (data[:4], data[8:12]) == (b"RIFF", b"WEBP")
 
 
 def _columns(record: np.dtype[Any], rows: Array) -> dict[str, torch.Tensor]:

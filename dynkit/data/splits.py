@@ -77,6 +77,8 @@ def select_rows(table: pl.DataFrame, where: pl.Expr) -> np.ndarray[Any, np.dtype
     if mask.dtype != pl.Boolean:
         raise InvalidInput(f"{where} is {mask.dtype}, not a condition")
     if len(mask) != table.height:
+        if len(mask) != 1:
+            raise InvalidInput(f"{where} gives {len(mask)} values for {table.height} samples; one for each is needed")
         mask = mask.new_from_index(0, table.height)
     chosen: np.ndarray[Any, np.dtype[np.bool_]] = mask.fill_null(False).to_numpy()
     return chosen

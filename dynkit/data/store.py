@@ -144,7 +144,10 @@ class Folder:
                             f"another process has been writing to {self.root} for {_LOCK_WAIT_S:.0f} s; try again later"
                         ) from None
                     time.sleep(0.01)
-            yield
+            try:
+                yield
+            finally:
+                fcntl.flock(lock, fcntl.LOCK_UN)  # also for children that were forked meanwhile
 
     def orphans(self, known: set[str], *, erase: bool = False) -> list[str]:
         """See `Store`."""
@@ -210,7 +213,7 @@ class Remote:
         try:
             self._obstore.put(self._store, path, data, mode="create", use_multipart=False)
         except self._obstore.exceptions.AlreadyExistsError:
-            return False
+            return self.read(path) == data  # it is ours, and only the answer to a first try was lost
         return True
 
     def local(self, path: str) -> Path:

@@ -25,6 +25,7 @@ __all__ = ["CACHE_BYTES", "Version"]
 
 CACHE_BYTES = 512 << 20  # of decoded samples, where nobody says otherwise
 _TABLE_KEYS = 1 << 25  # a table from key to row takes 4 bytes a key
+_LATE = "\0late"  # no name of a column ends like this
 _RECHUNK_ROWS = 10_000_000  # a longer table stays memory-mapped
 
 
@@ -105,9 +106,9 @@ class Version:
         if len(self.deleted):
             table = table.filter(~np.isin(table["key"].to_numpy(), self.deleted.view(np.uint64)))
         if self.late_labels is not None and "label" in table.columns:
-            late = self.late_labels.rename({"label": "late"})
-            table = table.join(late, on="key", how="left", maintain_order="left")
-            table = table.with_columns(label=pl.coalesce("late", "label")).drop("late")
+            late = f"label{_LATE}"
+            table = table.join(self.late_labels, on="key", how="left", maintain_order="left", suffix=_LATE)
+            table = table.with_columns(label=pl.coalesce(late, "label")).drop(late)
         return table if self._in_time_order else table.sort("timestamp", "key")
 
     def keys(self) -> "np.ndarray[tuple[int], np.dtype[np.uint64]]":
@@ -141,10 +142,7 @@ class Version:
         return read_index(self._local(f"{kind}/{entry['id']}.arrow"))
 
     def _local(self, path: str) -> Path:
-        try:
-            return self.store.local(path)
-        except FileNotFoundError:
-            raise StorageError(f"{path} of version {self.number} is missing") from None
+        return _local(self.store, self.number, path)
 
     # ---- samples ----
 
@@ -224,7 +222,7 @@ class Version:
                 rows=layout["rows"],
                 chunk_rows=layout["chunk_rows"],
                 codec=layout["codec"],
-                file=partial(self._local, shard_file(entry, array)),
+                file=partial(_local, self.store, self.number, shard_file(entry, array)),  # without the version itself
             )
             for entry, layout, first in zip(self.segments, layouts, firsts.tolist(), strict=False)
         ]
@@ -347,6 +345,14 @@ class Version:
         there = np.flatnonzero(rows >= 0)  # not deleted since
         order = there[np.argsort(rows[there])]
         return rows[order], label_values(self.late_labels["label"], self.schema["label"])[order]
+
+
+def _local(store: Folder | Remote, number: int, path: str) -> Path:
+    """Where a file of a version is here."""
+    try:
+        return store.local(path)
+    except FileNotFoundError:
+        raise StorageError(f"{path} of version {number} is missing") from None
 
 
 def _first_rows(rows: list[int], row_bytes: list[int]) -> IntArray:

@@ -95,6 +95,7 @@ def append(
             draft.close()
 
             def change(old: Manifest | None) -> Manifest | None:
+                draft.offered = False  # what was, is not there: another writer was faster
                 if create and old is not None:
                     return None
                 manifest = old or {**empty_manifest(draft.schema), "content": draft.content.hexdigest()}
@@ -111,11 +112,14 @@ def append(
                 }
                 if also is not None:
                     changed = also(changed, draft.entries[0]["first_key"], root)
-                return _merge_tail(store, root, changed, codec)
+                merged = _merge_tail(store, root, changed, codec)
+                draft.offered = True
+                return merged
 
             number = commit(store, "create" if create else "append", change)
         except BaseException:
-            draft.discard()
+            if not draft.offered:  # else it may be committed; if it is not, gc removes it
+                draft.discard()
             raise
         if not number:
             draft.discard()
@@ -133,6 +137,7 @@ class _Draft:
         self.entries: list[Entry] = []
         self.schema: dict[str, Any] = {}
         self.content = blake3()
+        self.offered = False  # to be committed
 
     def add(self, block: Prepared) -> None:
         """Write a block to the segment at hand; when it is full, complete it."""

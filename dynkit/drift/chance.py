@@ -5,6 +5,7 @@ No permutation is computed on its own: all of them are one product of a matrix o
 not depend on them. What a metric needs of the reference can be prepared once and compared with many sets.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -91,6 +92,8 @@ def number(score: Any, metric: DriftMetric) -> float:
         value = float(score)
     except (TypeError, ValueError, RuntimeError) as error:
         raise PolicyError(f"drift metric {metric!r} must return one finite number: {error}") from None
+    if not math.isfinite(value):
+        raise PolicyError(f"drift metric {metric!r} returned {value}; it must return one finite number")
     return value
 
 

@@ -17,6 +17,7 @@ import scipy  # its parts load at first use
 from dynkit.errors import InvalidInput, NotFound, did_you_mean
 
 __all__ = [
+    "BINS",
     "check_level",
     "chi2",
     "columns",
@@ -31,7 +32,7 @@ __all__ = [
 Numbers = np.ndarray[tuple[int], np.dtype[Any]]
 Found = tuple[float, float]  # effect size and p-value
 
-_BINS = 10
+BINS = 10
 _EXPECTED = 5  # fewer in a cell, and the chi-square distribution does not hold
 _EPSILON = 1e-4  # share of an empty bin in the PSI
 _EFFECT = {"ks": 0.1, "chi2": 0.1, "psi": 0.25, "js": 0.1, "hellinger": 0.1, "wasserstein": 0.1}
@@ -157,8 +158,10 @@ def _found(test: str, old: pl.Series, new: pl.Series) -> Found:
         distance, p_value = _ks(x, y)
         if test == "ks":
             return distance, p_value
+        if not (np.isfinite(x[[0, -1]]).all() and np.isfinite(y[[0, -1]]).all()):
+            raise InvalidInput(f"column {old.name!r} has infinite values; {test!r} needs finite ones, 'ks' takes any")
         if test == "wasserstein":
-            return _wasserstein(x, y, old.name), p_value
+            return _wasserstein(x, y), p_value
         counts = _bins(x, y)
         return (chi2(*counts)[0] if test == "chi2" else float(_SCORES[test](*counts))), p_value
     counts = _categories(old, new)
@@ -203,11 +206,9 @@ def _ks(x: Numbers, y: Numbers) -> Found:
     return distance, float(ks_p_values(np.array([distance]), n, m)[0])
 
 
-def _wasserstein(x: Numbers, y: Numbers, name: str) -> float:
+def _wasserstein(x: Numbers, y: Numbers) -> float:
     """Wasserstein-1 distance of sorted values, in standard deviations of the reference."""
     x, y = x.astype(np.float64), y.astype(np.float64)
-    if not (np.isfinite(x[[0, -1]]).all() and np.isfinite(y[[0, -1]]).all()):
-        raise InvalidInput(f"column {name!r} has infinite values; 'wasserstein' needs finite ones, 'ks' takes any")
     places = np.concatenate([x, y])
     places.sort(kind="stable")  # two sorted runs are merged
     below = [np.searchsorted(part, places[:-1], side="right") / len(part) for part in (x, y)]
@@ -223,7 +224,12 @@ def _bins(x: Numbers, y: Numbers) -> tuple[Numbers, Numbers]:
 
 def quantile_edges(x: Numbers) -> Numbers:
     """Upper edges of bins between the quantiles of sorted values; the last bin has none."""
-    edges, times = np.unique(np.quantile(x, np.arange(1, _BINS) / _BINS), return_counts=True)
+    quantiles = np.quantile(x, np.arange(1, BINS) / BINS)
+    if x.dtype.kind == "f":
+        quantiles = quantiles.astype(
+            x.dtype
+        )  # else what is next to a value would not be next to it in single precision
+    edges, times = np.unique(quantiles, return_counts=True)
     often = edges[(times > 1) | (edges == x[0])]  # a value this frequent has a bin of its own
     return np.unique(np.concatenate([edges, np.nextafter(often, -np.inf)]))
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from dynkit.errors import InvalidInput, check_whole
 
-__all__ = ["Criterion", "Decision", "DynamicQuantile", "DynamicRollingAverage", "PValue", "Threshold"]
+__all__ = ["HISTORY", "Criterion", "Decision", "DynamicQuantile", "DynamicRollingAverage", "PValue", "Threshold"]
 
 
 class Decision(NamedTuple):
@@ -24,8 +24,14 @@ class Decision(NamedTuple):
     threshold: float | None
 
 
+HISTORY = 10_000  # values that a criterion without a `window` is given
+
+
 class Criterion(Protocol):
-    """Decides whether a value, given those before it, oldest first, is bad enough."""
+    """Decides whether a value, given those before it, oldest first, is bad enough.
+
+    Those are the last ones of its attribute `window`, or 10 000.
+    """
 
     def __call__(self, value: float, history: Sequence[float], /, *, lower_is_worse: bool = False) -> Decision: ...
 

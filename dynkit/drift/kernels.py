@@ -17,7 +17,7 @@ import torch
 from dynkit.drift.chance import Kept, Tested, against_null, memberships, sampled
 from dynkit.errors import InvalidInput, check_whole
 
-__all__ = ["MMD", "BlockMMD", "Energy", "center", "median_square", "squares"]
+__all__ = ["MMD", "PAIRS", "BlockMMD", "Energy", "center", "median_square", "squares"]
 
 Kernel = Callable[[torch.Tensor], torch.Tensor]  # of squared distances, in place
 
@@ -26,7 +26,7 @@ _BANDWIDTH_ROWS = 2_000
 _SMALL_ROWS = 500
 _BLOCK_ROWS = 8_192
 _CACHED_PAIRS = 1 << 18  # of one block on a CPU
-_PAIRS = 1 << 24  # of a block of the matrix of all pairs
+PAIRS = 1 << 24  # of a block of the matrix of all pairs
 _CHUNKS = 1_000  # of one set, permuted as wholes
 _FEATURES = 1_024
 _CENTER_ROWS = 200
@@ -119,7 +119,7 @@ class BlockMMD:
             order = torch.from_numpy(rng.permutation(len(rows))).to(rows.device)
             size = len(rows) // blocks
             parts.append(rows[order[: blocks * size]].view(blocks, size, -1))
-        step = max(1, _PAIRS // (parts[0].shape[1] + parts[1].shape[1]) ** 2)
+        step = max(1, PAIRS // (parts[0].shape[1] + parts[1].shape[1]) ** 2)
         scores = torch.cat(
             [
                 _block_scores(x, y, kernel)
@@ -298,7 +298,7 @@ def _mean_pairs(x: torch.Tensor, y: torch.Tensor, kernel: Kernel, itself: int) -
         x, y = x.double(), y.double()
     middle = center(x)
     left, right = _factors(x - middle, y - middle)
-    rows = max(1, (_CACHED_PAIRS if x.device.type == "cpu" else _PAIRS) // len(y))
+    rows = max(1, (_CACHED_PAIRS if x.device.type == "cpu" else PAIRS) // len(y))
     memory = x.new_empty(min(rows, len(x)) * len(y))
     total = 0.0
     for low in range(0, len(x), rows):

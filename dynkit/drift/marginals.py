@@ -13,12 +13,11 @@ import numpy as np
 import torch
 
 from dynkit.drift.chance import Tested, against_null, memberships, sampled
-from dynkit.drift.columns import chi2, hellinger, js, ks_p_values, psi, quantile_edges
+from dynkit.drift.columns import BINS, chi2, hellinger, js, ks_p_values, psi, quantile_edges
 from dynkit.errors import check_whole
 
 __all__ = ["JS", "KS", "PSI", "CramerVonMises", "Hellinger", "PredictedClasses", "SlicedWasserstein", "Wasserstein"]
 
-_BINS = 10
 _CELLS = 1 << 25  # of rows and bins at once
 
 
@@ -101,10 +100,11 @@ class Wasserstein:
     ) -> Tested:
         """Score the sets, and permutations of their rows."""
         x, y = (sampled(part, self.rows, rng) for part in (reference, current))
-        spread = x.std(0, correction=0)
-        pooled = torch.cat([x, y]) / torch.where(spread > 0, spread, 1)
-        scores = _over_lines(pooled, len(x), permutations, rng, _area, torch.add) / x.shape[1]
-        return against_null(scores.cpu().numpy())
+        pooled = torch.cat([x, y])
+        score = _over_lines(_scaled(pooled, x), len(x), 0, rng, _area, torch.add) / x.shape[1]
+        # Spreads of one side would treat the sides differently, which permutations do not; those of both are fair.
+        scores = _over_lines(_scaled(pooled, pooled), len(x), permutations, rng, _area, torch.add)
+        return Tested(float(score), *against_null(scores.cpu().numpy())[1:])
 
 
 @dataclass(frozen=True)
@@ -280,7 +280,7 @@ class _Binned:
 
     def _permuted(self, pooled: torch.Tensor, n: int, permutations: int, rng: np.random.Generator) -> Any:
         z = memberships(n, len(pooled) - n, permutations, rng).to(pooled.device, torch.float32)  # exact below 2**24
-        columns, each = max(1, _CELLS // (3 * _BINS * len(pooled))), []
+        columns, each = max(1, _CELLS // (3 * BINS * len(pooled))), []
         for x in torch.split(pooled, columns, dim=1):
             flat, width = _bins(x, _edges(x))
             member = torch.zeros(len(x), x.shape[1] * width, device=x.device).scatter_(1, flat.T, 1)
@@ -303,6 +303,12 @@ def _bins(x: torch.Tensor, edges: torch.Tensor) -> tuple[torch.Tensor, int]:
     width = edges.shape[1] + 1
     first = torch.arange(len(edges), device=x.device)[:, None] * width
     return torch.searchsorted(edges, x.T.contiguous()) + first, width
+
+
+def _scaled(x: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
+    """Divide columns by the standard deviations of others."""
+    spread = by.std(0, correction=0)
+    return x / torch.where(spread > 0, spread, 1)
 
 
 def _over_lines(

@@ -14,7 +14,7 @@ import torch
 
 from dynkit.drift.chance import Kept, Prepared, Scores, Tested, number, tested
 from dynkit.drift.columns import check_level, same_columns
-from dynkit.drift.kernels import MMD, BlockMMD, Energy, center, squares
+from dynkit.drift.kernels import MMD, PAIRS, BlockMMD, Energy, center, squares
 from dynkit.drift.marginals import (
     JS,
     KS,
@@ -32,7 +32,6 @@ from dynkit.types import DriftMetric
 __all__ = ["METRICS", "Classifier", "Coverage", "DriftTest", "Reference", "both_points", "prepared", "resolve", "test"]
 
 _ROUNDS = 100  # of training a classifier
-_PAIRS = 1 << 24  # of a block of the matrix of all pairs
 
 
 @dataclass(frozen=True)
@@ -249,7 +248,13 @@ def points(samples: Any, name: str) -> torch.Tensor:
         raise InvalidInput(f"{name} has shape {tuple(tensor.shape)}; at least two samples of a number each are needed")
     if tensor.is_complex():
         raise InvalidInput(f"{name} is complex; compare its real and imaginary parts as columns")
-    wide = tensor.dtype in (torch.float64, torch.int32, torch.int64)  # float32 has not the digits
+    wide = tensor.dtype in (
+        torch.float64,
+        torch.int32,
+        torch.int64,
+        torch.uint32,
+        torch.uint64,
+    )  # float32 has not the digits
     tensor = tensor.to(torch.float64 if wide else torch.float32).reshape(len(tensor), -1)
     bad = int((~torch.isfinite(tensor)).any(1).sum())
     if bad:
@@ -379,7 +384,7 @@ def _nearest(x: torch.Tensor, core: torch.Tensor) -> torch.Tensor:
     """Squared distance (N,) of each sample to the nearest of `core`."""
     middle = center(core)
     core = core - middle
-    blocks = torch.split(x, max(1, _PAIRS // len(core)))
+    blocks = torch.split(x, max(1, PAIRS // len(core)))
     return torch.cat([squares(rows - middle, core).min(1).values for rows in blocks])
 
 

@@ -59,15 +59,17 @@ def composite(matrix: pl.DataFrame, trained: Sequence[Trained], kind: CompositeK
 
 
 def shared(curves: Sequence[pl.DataFrame]) -> list[pl.DataFrame]:
-    """Cut curves to the windows that every one of them answers.
+    """Cut curves to the time that every one of them answers for.
 
-    A window counts when its centre is at or after the latest first centre of any curve: pipelines differ in when
-    their first model exists, and may have windows of their own. A curve without any window stays empty.
+    A window counts when its centre is between the latest first and the earliest last centre of any curve: pipelines
+    differ in when their first model exists, datasets grow, and windows may differ. A curve without any stays empty.
     """
     centre = (pl.col("window_start").dt.epoch("ns") + pl.col("window_end").dt.epoch("ns")) // 2
     known = [curve.filter(pl.col("value").is_not_null()) for curve in curves]
-    firsts = [curve.select(centre.min()).item() for curve in known if curve.height]
-    return [curve.filter(centre >= max(firsts)) if curve.height else curve for curve in known]
+    begins, ends = (
+        [curve.select(edge).item() for curve in known if curve.height] for edge in (centre.min(), centre.max())
+    )
+    return [curve.filter(centre.is_between(max(begins), min(ends))) if curve.height else curve for curve in known]
 
 
 def mean_scores(curve: pl.DataFrame, by: Sequence[str] = ("metric",)) -> pl.DataFrame:

@@ -5,7 +5,8 @@ the tensor in full; what is not smaller than the tensor stays raw. `encode` deco
 before it gives it away.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from xxhash import xxh3_64_intdigest
 
+from dynkit.errors import InvalidInput
 from dynkit.models.coding import Grouping, compress, decompress
 from dynkit.models.prediction import Prediction, fitted, predict
 from dynkit.models.tensors import (
@@ -130,6 +132,8 @@ def encode(
                 if digest(frame.dtype, frame.shape, raw(decoded)) == key:
                     return frame, data, decoded
     data = raw(target).tobytes()
+    if digest(dtype_name(target.dtype), target.shape, np.frombuffer(data, np.uint8)) != key:
+        raise InvalidInput("a tensor changed while it was stored; store a copy, or wait for the training step to end")
     return _frame(key, target, "raw", data), data, target.clone()
 
 
@@ -152,14 +156,17 @@ def _ranked(target: torch.Tensor, places: _Places, step: float) -> list[Predicti
     cost: dict[Prediction, float] = {}
     some = _sample(target)
     elements = {place: _sample(base) for place, base in enumerate(places.tensors) if base.shape == target.shape}
-    for prediction in fitted(target, places.tensors, places.parents):
+    for prediction in _tried(fitted(target, places.tensors, places.parents)):
         if not places.admits(places.of(prediction), 0) or (step and prediction.kind not in ("parent", "mean")):
             continue
-        if prediction.kind in _ELEMENTWISE:
-            chosen = [elements[place] for place in prediction.bases]
-            expected = predict(prediction.kind, prediction.options, b"", chosen, target.dtype, some.shape)
-        else:
-            expected = _sample(_expected(prediction, target, places))
+        try:
+            if prediction.kind in _ELEMENTWISE:
+                chosen = [elements[place] for place in prediction.bases]
+                expected = predict(prediction.kind, prediction.options, b"", chosen, target.dtype, some.shape)
+            else:
+                expected = _sample(_expected(prediction, target, places))
+        except RuntimeError:  # torch has not all operations of all types
+            continue
         numbers = _residual(some, expected, step)
         if numbers is None:
             continue
@@ -171,6 +178,12 @@ def _ranked(target: torch.Tensor, places: _Places, step: float) -> list[Predicti
         if not bits and not step:
             break
     return sorted(cost, key=cost.__getitem__)[:2]
+
+
+def _tried(predictions: Iterator[Prediction]) -> Iterator[Prediction]:
+    """Give predictions until none can be made: numbers may be too strange for it, or torch lacks an operation."""
+    with contextlib.suppress(RuntimeError):
+        yield from predictions
 
 
 def _sample(tensor: torch.Tensor) -> torch.Tensor:

@@ -108,6 +108,7 @@ class Guard:
             What the tensors may be predicted from.
         """
         before = self._scores(state)
+        state = {name: tensor.detach().cpu() for name, tensor in state.items()}
         trial = functools.partial(_Trial.of, self, state, bases, before)
         best = trial(self.error)
         if self.search and best.passed:
@@ -194,11 +195,11 @@ def _widest(trial: Callable[[float], _Trial], best: _Trial) -> _Trial:
 
 def quantised(state: State, bases: Bases, error: float) -> dict[str, torch.Tensor]:
     """Round every float tensor, closed loop, where that keeps the error; others stay."""
-    return {name: _rounded(tensor.detach().cpu(), bases.get(name, []), error) for name, tensor in state.items()}
+    return {name: _rounded(tensor, bases.get(name, []), error) for name, tensor in state.items()}
 
 
 def _rounded(tensor: torch.Tensor, bases: Sequence[torch.Tensor], error: float) -> torch.Tensor:
-    if not tensor.numel() or not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
+    if not tensor.numel() or not tensor.is_floating_point() or not bool(tensor.double().isfinite().all()):
         return tensor
     expected = min(_expectations(tensor, bases), key=lambda one: float((one.double() - tensor.double()).abs().sum()))
     steps = ((tensor.double() - expected.double()) / (2 * error)).round()

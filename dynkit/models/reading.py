@@ -9,12 +9,15 @@ another if that exceeds its own bound.
 import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from types import TracebackType
 from typing import Any
 
+import sqlalchemy as sa
 import torch
 from xxhash import xxh3_64_intdigest
 
+from dynkit.disk import read_at
 from dynkit.errors import StorageError
 from dynkit.models.encoding import Frame, Ref, decode
 from dynkit.models.packs import Pack, packs_at, read_pack
@@ -39,10 +42,13 @@ class Reader:
     Parameters
     ----------
     shelf : Shelf
+    connection : sqlalchemy.Connection or None
+        Of the transaction that it is part of.
     """
 
-    def __init__(self, shelf: Shelf) -> None:
+    def __init__(self, shelf: Shelf, connection: sa.Connection | None = None) -> None:
         self.catalog = shelf.catalog
+        self._connection = connection
         self._shelf = shelf
         self._packs = shelf.indexes
         self._recent = shelf.recent
@@ -66,7 +72,7 @@ class Reader:
         """Look up several packs at once; ones that are gone are left out."""
         new = set(packs) - self._checked
         for attempt in range(_ATTEMPTS):
-            with self.catalog.read() as connection:
+            with self.catalog.read() if self._connection is None else nullcontext(self._connection) as connection:
                 rows = packs_at(connection, new)
             try:
                 for id, row in rows.items():
@@ -99,6 +105,17 @@ class Reader:
         pack = self._packs.get(ref[0])
         return pack.frames[ref[1]] if pack is not None else None
 
+    def closure(self, refs: Iterable[Ref]) -> dict[Ref, Frame | None]:
+        """Find tensors and all that these are predicted from; None is of those that are not there any more."""
+        found: dict[Ref, Frame | None] = {}
+        waiting = list(refs)
+        while waiting:
+            ref = waiting.pop()
+            if ref not in found:
+                frame = found[ref] = self.find(ref)
+                waiting += frame.bases if frame is not None else ()
+        return found
+
     def frame(self, ref: Ref) -> Frame:
         """Return how a tensor is stored."""
         frame = self.pack(ref[0]).frames[ref[1]]
@@ -114,7 +131,7 @@ class Reader:
             frame = pack.frames[ref[1]]
             assert frame is not None
             try:
-                return frame, os.pread(self._descriptor(pack.file), frame.size, pack.offsets[ref[1]])
+                return frame, read_at(self._descriptor(pack.file), frame.size, pack.offsets[ref[1]])
             except OSError as error:
                 if not isinstance(error, FileNotFoundError) or attempt == _ATTEMPTS - 1:
                     raise _unreadable(error, self._shelf.folder / pack.file) from error

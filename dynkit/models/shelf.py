@@ -99,7 +99,7 @@ class Shelf:
         """Return a file here; FileNotFoundError where it is gone."""
         path = self.folder / file
         if self._remote is not None and not path.exists():
-            with storage_errors(f"cannot read model tensors {file}"):
+            with storage_errors(f"cannot read model tensors {file}"), contextlib.suppress(FileNotFoundError):
                 return self._remote.local(file)
         return path
 
@@ -113,8 +113,14 @@ class Shelf:
                     yield file
             except Exception:  # an interrupt may come after the commit: then the file stays
                 with contextlib.suppress(StorageError):
-                    self.discard([file.name])
+                    if not self._committed(file.name):  # the answer to a commit may be lost
+                        self.discard([file.name])
                 raise
+
+    def _committed(self, file: str) -> bool:
+        """Whether the catalog refers to a file."""
+        with self.catalog.read() as connection:
+            return connection.scalar(sa.select(packs.c.id).where(packs.c.file == file).limit(1)) is not None
 
     def publish(self, file: PackFile) -> None:
         """Make a file durable and visible."""

@@ -284,6 +284,7 @@ class ModelStore:
 
     def export_safetensors(self, model: str, path: str | os.PathLike[str]) -> None:
         """Write a model as a safetensors file; tied tensors become separate ones."""
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         state = self.load(model)
@@ -296,6 +297,8 @@ class ModelStore:
             draft.replace(target)
         except OSError as error:
             raise StorageError(f"cannot write {target}: {error.strerror or error}") from error
+        except SafetensorError as error:
+            raise StorageError(f"cannot write {target}: {error}") from error
         finally:
             draft.unlink(missing_ok=True)
 

@@ -131,7 +131,7 @@ def _collect_once(shelf: Shelf, garbage: float) -> int | None:
         known, rows = stored(connection), packs_at(connection)
     with Reader(shelf) as reader:
         reader.prepare(rows)
-        live = _needed(reader, known.values())
+        live = set(reader.closure(ref for model in known.values() for ref in model.refs.values()))
         dead = {
             (id, slot)
             for id in rows
@@ -142,7 +142,7 @@ def _collect_once(shelf: Shelf, garbage: float) -> int | None:
         dropped = {ref for ref in dead if rows[ref[0]].file in victims}
         if not dropped and not victims:
             return 0
-        ids = {ref: reader.frame(ref).id for ref in dropped}
+        ids = {ref: reader.frame(ref).id for ref in dead}  # a later put must not find what may lose its base
         kept = sorted({pack for pack, _ in live if rows[pack].file in victims})
 
         def also(connection: sa.Connection) -> None:
@@ -167,19 +167,6 @@ def _collect_once(shelf: Shelf, garbage: float) -> int | None:
 def _live_part(reader: Reader, id: int, live: set[Ref]) -> Iterator[tuple[Frame | None, bytes]]:
     for slot in range(len(reader.pack(id).frames)):
         yield reader.data((id, slot)) if (id, slot) in live else (None, b"")
-
-
-def _needed(reader: Reader, known: Iterable[Stored]) -> set[Ref]:
-    """Return the tensors of models, and all that these are predicted from."""
-    live: set[Ref] = set()
-    waiting = [ref for model in known for ref in model.refs.values()]
-    while waiting:
-        ref = waiting.pop()
-        if ref not in live:
-            live.add(ref)
-            frame = reader.find(ref)
-            waiting += frame.bases if frame is not None else ()
-    return live
 
 
 def _wasteful(shelf: Shelf, reader: Reader, rows: "dict[int, sa.Row[Any]]", live: set[Ref], garbage: float) -> set[str]:
@@ -211,10 +198,10 @@ def _needed_by_new(
     fresh = set(connection.scalars(sa.select(models.c.id))) - known.keys()
     refs = {ref for model in stored(connection, fresh).values() for ref in model.refs.values()}
     added = set(connection.scalars(sa.select(packs.c.id))) - rows.keys()
-    with Reader(shelf) as reader:
+    with Reader(shelf, connection) as reader:
         reader.prepare(added)
         frames = (frame for id in added for frame in reader.pack(id).frames if frame is not None)
-        return refs | {base for frame in frames for base in frame.bases}
+        return set(reader.closure(refs | {base for frame in frames for base in frame.bases}))
 
 
 def _replace(

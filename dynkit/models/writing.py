@@ -5,7 +5,7 @@ predicted from. Tensors are matched by name; where a model calls them otherwise,
 """
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -86,14 +86,14 @@ def commit(shelf: Shelf, draft: Draft, also: Also | None) -> None:
     relied = {*known.values(), *(base for frame, *_ in coded for base in frame.bases)}
     if not coded:
         with shelf.catalog.write() as connection:
-            _still_there(shelf, relied)
+            _still_there(shelf, connection, relied)
             _publish(connection, draft, known, also)
         return
     with shelf.writing() as file:
         written = file.add((frame, data) for frame, data, _ in coded)
         shelf.publish(file)
         with shelf.catalog.write() as connection:
-            _still_there(shelf, relied)
+            _still_there(shelf, connection, relied)
             pack = _insert_pack(connection, file.name, written)
             refs = {frame.id: (pack, slot) for slot, (frame, *_) in enumerate(coded)}
             rows = [{"key": key_of(id), "pack": pack, "slot": slot} for id, (_, slot) in refs.items()]
@@ -220,12 +220,11 @@ def bases_of(shelf: Shelf, state: Mapping[str, torch.Tensor], parents: Iterable[
         return found
 
 
-def _still_there(shelf: Shelf, refs: Iterable[Ref]) -> None:
-    """Make sure, inside the transaction, that nobody removed these tensors since they were found."""
-    wanted = set(refs)
-    with Reader(shelf) as reader:
-        reader.prepare(pack for pack, _ in wanted)
-        if any(reader.find(ref) is None for ref in wanted):
+def _still_there(shelf: Shelf, connection: sa.Connection, refs: Collection[Ref]) -> None:
+    """Make sure, inside the transaction, that nobody removed these tensors, or their bases, since they were found."""
+    with Reader(shelf, connection) as reader:
+        reader.prepare(pack for pack, _ in refs)
+        if None in reader.closure(refs).values():
             raise GoneError
 
 

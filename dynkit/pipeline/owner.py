@@ -11,7 +11,7 @@ import secrets
 import threading
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -123,7 +123,8 @@ class Owner:
             starts = sa.select(triggers.c.block_start).where(triggers.c.run == self.run).order_by(triggers.c.index)
             self.block_starts = list(connection.scalars(starts))
             self.state: bytes | None = row.state
-            self.decided = self._last_decision(connection)  # in an earlier life
+            self.decided = self._last_decision(connection)  # in an earlier life, as well as
+            self.skipped = {int(data["position"]) for data in self._reported(connection, "skipped")}
             self._dataset = row.dataset, row.dataset_version
             self.live: bool = row.pipeline.get("live", False)
             self.reuse: bool = row.pipeline.get("reuse", False)
@@ -132,9 +133,12 @@ class Owner:
 
     def _last_decision(self, connection: sa.Connection) -> int:
         """Position of the last decision that was reported; -1 before any."""
+        return max((int(data["position"]) for data in self._reported(connection, "decided")), default=-1)
+
+    def _reported(self, connection: sa.Connection, kind: str) -> Iterable[dict[str, Any]]:
+        """Return what the events of a kind tell."""
         events = tables.events
-        query = sa.select(events.c.data).where(events.c.run == self.run, events.c.kind == "decided")
-        return max((int(data["position"]) for data in connection.scalars(query)), default=-1)
+        return connection.scalars(sa.select(events.c.data).where(events.c.run == self.run, events.c.kind == kind))
 
     @property
     def dataset(self) -> Dataset:
@@ -188,6 +192,11 @@ class Owner:
         """Commit one event."""
         with self.catalog.write() as connection:
             return insert_event(connection, self.run, kind, data)
+
+    def skip(self, index: int, position: int, reason: str) -> Event:
+        """Commit that a trigger leads to no training."""
+        self.skipped.add(position)
+        return self.event("skipped", index=index, position=position, reason=reason)
 
     def commit_trained(
         self,

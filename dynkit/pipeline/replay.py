@@ -138,7 +138,7 @@ class _Loop:
             known = self.owner.committed[index]
             if known.position == position:
                 self.view.trained += (known,)
-            elif trainable.any() and not (self.stream.live and position < known.position):
+            elif position not in self.owner.skipped and not (self.stream.live and position < known.position):
                 raise PolicyError(
                     f"on continuing, trigger {index} fired after sample {position}, before it did after "
                     f"{known.position}: the trigger must decide from its arguments and its own attributes only"
@@ -149,11 +149,14 @@ class _Loop:
         new = seen - self.view.last_row
         yield self.owner.event("triggered", index=index, position=position, new=new, **latency)
         if not trainable.any():
-            yield self.owner.event("skipped", index=index, reason="no sample has a label yet that is not held out")
+            yield self.owner.skip(index, position, "no sample has a label yet that is not held out")
             return
         self.view.move(seen, since=int(trainable[self.view.last_row :].sum()))
         started_s = time.perf_counter()
         chosen = self._select(index, seen)
+        if not chosen.height:
+            yield self.owner.skip(index, position, "the selection chose no sample")
+            return
         select_s = time.perf_counter() - started_s
         write_selection(self.owner.catalog.root, self.owner.run, index, chosen)
         samples, selection = chosen["key"].n_unique(), content(chosen)
@@ -196,7 +199,7 @@ class _Loop:
         yield event
 
     def _select(self, index: int, seen: int) -> pl.DataFrame:
-        """Return key, and weight, epoch and score where the selection gave them."""
+        """Return key, and weight, epoch and score where the selection gave them; perhaps of no sample."""
         pool = self.stream.table.head(seen)
         trainable = self.stream.trainable[:seen]
         if not trainable.all():
@@ -206,11 +209,6 @@ class _Loop:
         rows = self.stream.place(chosen["key"].to_numpy())
         if chosen.height and not (rows.min() >= 0 and rows.max() < seen and trainable[rows].all()):
             raise PolicyError(f"the selection returned keys at trigger {index} that are not in its pool")
-        if not chosen.height:
-            raise PolicyError(
-                f"the selection returned no samples at trigger {index} ({seen} in the pool); return at least one key, "
-                "or let the trigger decide not to train"
-            )
         return chosen
 
     def _training(self, index: int, selection: str) -> str:

@@ -7,7 +7,7 @@ loads user code.
 import json
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -402,11 +402,13 @@ class Runs(list[Run]):
         return html.table(self.columns, self.rows_as_text(), numbers=("progress", "models"))
 
 
-def find(catalog: Catalog, digest: str) -> Run | None:
-    """Return the newest run of a pipeline's digest that is going, done or can go on, if any."""
+def find(
+    catalog: Catalog, digest: str, statuses: Sequence[str] = ("running", "paused", "interrupted", "finished")
+) -> Run | None:
+    """Return the newest run of a pipeline's digest with such a status: one that is going, done or can go on, if any."""
     runs = tables.runs
     query = sa.select(runs.c.id).where(runs.c.digest == digest).order_by(runs.c.created_ns.desc())
     with catalog.read() as connection:
         ids = connection.scalars(query).all()
     found = (Run(catalog, id) for id in ids)
-    return next((run for run in found if run.status in ("running", "paused", "interrupted", "finished")), None)
+    return next((run for run in found if run.status in statuses), None)

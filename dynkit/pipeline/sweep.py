@@ -4,13 +4,14 @@ import dataclasses
 import itertools
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 import polars as pl
 
 from dynkit import html
-from dynkit.errors import InvalidInput, WaitTimeout, check_whole, did_you_mean
+from dynkit.errors import Conflict, InvalidInput, WaitTimeout, check_whole, did_you_mean
 from dynkit.evaluation.composite import CompositeKind
 from dynkit.pipeline.compare import compare
 from dynkit.pipeline.declaration import Pipeline
@@ -97,6 +98,7 @@ class Sweep:
         self._waiting = list(enumerate(pipelines))
         self._lock = threading.Lock()
         self._error: BaseException | None = None
+        self._cancelled = False
         self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(min(jobs, len(pipelines)))]
         for thread in self._threads:
             thread.start()
@@ -110,9 +112,10 @@ class Sweep:
                 at, pipeline = self._waiting.pop(0)
             reuse = not pipeline.training.carry_optimizer  # which another run's training does not leave
             try:
-                known = find(pipeline.dataset.catalog, pipeline.digest())
-                done = known is not None and known.status == "finished"
-                run = self._runs[at] = known if known is not None and done else pipeline.start(reuse=reuse)
+                known = find(pipeline.dataset.catalog, pipeline.digest(), ("finished",))
+                run = self._runs[at] = known or pipeline.start(reuse=reuse)
+                if self._cancelled:  # while it was being started
+                    _end(run)
                 run.wait()
             except BaseException as error:  # told by `wait`: nobody looks at a thread
                 self._error = error
@@ -143,11 +146,11 @@ class Sweep:
 
     def cancel(self) -> "Sweep":
         """Start no more runs, and end those that are going; what was committed stays."""
+        self._cancelled = True
         with self._lock:
             self._waiting.clear()
         for run in self.runs:
-            if run.status in ACTIVE:
-                run.cancel()
+            _end(run)
         return self
 
     def frame(self, kind: CompositeKind = "active") -> pl.DataFrame:
@@ -176,3 +179,10 @@ class Sweep:
             reused = sum("reused" in data for data in trained)
             rows.append([*label.values(), run.id, run.status, str(len(trained)), str(reused)])
         return rows
+
+
+def _end(run: Run) -> None:
+    """Cancel a run, if it is going."""
+    with suppress(Conflict):  # it has ended by itself meanwhile
+        if run.status in ACTIVE:
+            run.cancel()

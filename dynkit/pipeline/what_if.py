@@ -1,8 +1,9 @@
 """Where other triggers would have fired on a finished run, without training again.
 
-The stream of the run is walked once more by another trigger. It sees the models that the run really trained: at any
-moment the newest of that time. A trigger that looks at samples only fires exactly where it would have; for one that
-looks at models the answer is an assumption from the moment on at which it would have trained and the run did not.
+The stream of the run is walked once more by another trigger. After each training that it asks for, it sees the newest
+model that the run had really trained by then. A trigger that looks at samples only fires exactly where it would have;
+for one that looks at models the answer is an assumption from the moment on at which it would have trained and the run
+did not. Selections are not asked: a run skips a training for which its selection chooses nothing.
 """
 
 import copy

@@ -59,7 +59,8 @@ class Scored(Balanced):
         """
         if self.balance:
             raise InvalidInput(f"balance=True needs the whole pool; give the training {type(self).__name__} without it")
-        return _RULES[self.kind](scores, self._of(len(scores)), rng)
+        least = min(2, len(scores))  # layers that normalise over a batch cannot train on one
+        return _RULES[self.kind](scores, max(self._of(len(scores)), least), rng)
 
 
 @dataclass(frozen=True)

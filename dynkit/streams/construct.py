@@ -178,6 +178,7 @@ def rotation(source: Source, *, degrees: Sequence[float] = (0, 45), seed: int = 
 
 
 def _rotate(x: Array, angle: float, rng: np.random.Generator) -> Array:
+    x = x.astype(np.result_type(x, np.float32))
     if x.ndim > 2:
         turned: Array = scipy.ndimage.rotate(x, angle, axes=(-1, -2), reshape=False, order=1)
         return turned
@@ -236,7 +237,7 @@ def _contrast(x: Array, severity: float, rng: np.random.Generator) -> Array:
 
 def _blur(x: Array, severity: float, rng: np.random.Generator) -> Array:
     sigma = severity * x.shape[-1] / 8
-    blurred: Array = scipy.ndimage.gaussian_filter(x, sigma, axes=(-1, -2))
+    blurred: Array = scipy.ndimage.gaussian_filter(x.astype(np.result_type(x, np.float32)), sigma, axes=(-1, -2))
     return blurred
 
 

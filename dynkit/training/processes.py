@@ -26,7 +26,7 @@ from dynkit.data import Dataset
 from dynkit.errors import InvalidInput, TrainingError
 from dynkit.training.fit import seeded
 from dynkit.training.steps import unwrapped
-from dynkit.training.train import Outcome, Task, train
+from dynkit.training.train import Fitted, Task, train
 
 __all__ = ["train_together"]
 
@@ -42,7 +42,7 @@ def train_together(
     *,
     device: torch.device,
     on_batch: Callable[[int], None],
-) -> Outcome:
+) -> Fitted:
     """Train `model` in place, in `processes` processes.
 
     Parameters

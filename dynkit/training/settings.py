@@ -49,7 +49,7 @@ class Schedule:
         _check_number("warmup", self.warmup, least=0)
         if self.warmup >= 1 and not isinstance(self.warmup, int):
             raise InvalidInput(f"warmup={self.warmup!r} must be a whole number of steps, or a share below 1")
-        _check_number("power", self.power, above=0)
+        _check_number("power", self.power)
         if not (isinstance(self.end, int | float) and 0 <= self.end <= 1):
             raise InvalidInput(f"end={self.end!r} must be a share in [0, 1]")
 
@@ -100,8 +100,10 @@ class Optimizer:
 
     def __post_init__(self) -> None:
         _check_name("optimizer", self.name, OPTIMIZERS)
-        _check_number("lr", self.lr, above=0)
-        _check_number("weight_decay", self.weight_decay, least=0)
+        if self.lr is not None:
+            _check_number("lr", self.lr)
+        if self.weight_decay is not None:
+            _check_number("weight_decay", self.weight_decay, least=0)
         _check_name("schedule", self.schedule, SCHEDULES)
         patterns = () if self.modules is None else self.patterns
         if not all(isinstance(pattern, str) and pattern for pattern in patterns):
@@ -199,13 +201,16 @@ class Training:
     checkpoint: int | str | None = "5m"
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "patience", "accumulate", "processes"):
-            if getattr(self, name) is not None:
-                check_whole(name, getattr(self, name), 1)
-        _check_number("seed", self.seed, least=0)
+        for name in ("epochs", "batch_size", "accumulate", "processes"):
+            check_whole(name, getattr(self, name), 1)
+        if self.patience is not None:
+            check_whole("patience", self.patience, 1)
+        if self.seed is not None:
+            check_whole("seed", self.seed, 0)
         _check_number("weight_decay", self.weight_decay, least=0)
-        _check_number("lr", self.lr, above=0)
-        _check_number("grad_clip", self.grad_clip, above=0)
+        _check_number("lr", self.lr)
+        if self.grad_clip is not None:
+            _check_number("grad_clip", self.grad_clip)
         if not (isinstance(self.validation, int | float) and 0 <= self.validation < 1):
             raise InvalidInput(f"validation={self.validation!r} must be a share in [0, 1)")
         if self.patience is not None and not self.validation:
@@ -255,13 +260,9 @@ def _check_name(what: str, value: object, valid: tuple[str, ...]) -> None:
         raise InvalidInput(f"{what}={value!r} is not known{did_you_mean(str(value), valid)}")
 
 
-def _check_number(name: str, value: object, *, least: float | None = None, above: float = 0.0) -> None:
-    """Refuse what is no number, or too small."""
-    if value is None:
-        return
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if least is not None:
-        if not (number and value >= least):  # type: ignore[operator]  # it is a number
-            raise InvalidInput(f"{name}={value!r} must be a number, at least {least:g}")
-    elif not (number and above < value < float("inf")):  # type: ignore[operator]
-        raise InvalidInput(f"{name}={value!r} must be a number above {above:g}")
+def _check_number(name: str, value: object, *, least: float | None = None) -> None:
+    """Refuse what is no finite number, or less than `least`; without one, what is not above 0."""
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not (number and (value > 0 if least is None else value >= least)):  # type: ignore[operator]  # it is a number
+        bound = "above 0" if least is None else f"at least {least:g}"
+        raise InvalidInput(f"{name}={value!r} must be a number, {bound}")

@@ -16,7 +16,7 @@ from dynkit.training.checkpoint import Checkpoint
 from dynkit.training.fit import FitContext, fit
 from dynkit.training.settings import Training
 
-__all__ = ["Outcome", "Task", "train"]
+__all__ = ["Fitted", "Task", "train"]
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Fitted:
     """What a training leaves besides the weights: its reports, how many samples it took, and its optimizers' state."""
 
     history: list[dict[str, Any]]
@@ -67,7 +67,7 @@ def train(
     device: torch.device,
     on_batch: Callable[[int], None] | None = None,
     part: tuple[int, int] = (0, 1),
-) -> Outcome:
+) -> Fitted:
     """Train `model`, which is on the device, in place.
 
     Parameters
@@ -110,17 +110,25 @@ def train(
         carried=task.carried,
         part=part,
     )
-    (training.fit or fit)(model, batches, context)
-    return Outcome(context.history, batches.passed, context.carried)
+    try:
+        (training.fit or fit)(model, batches, context)
+    except ValueError as error:
+        if len(keys) > 1:
+            raise
+        raise TrainingError(
+            f"one sample cannot train this model: {error}; let the trigger wait for more, or select older ones as well"
+        ) from error
+    return Fitted(context.history, batches.passed, context.carried)
 
 
 def _split(task: Task) -> "tuple[IntArray, np.ndarray[Any, Any] | None, IntArray]":
     """Keys and weights to train on, and keys to validate on."""
-    n = int(task.training.validation * len(task.keys))
-    if n and task.epochs is not None:
-        raise TrainingError("a selection that differs from epoch to epoch leaves no validation share; use validation=0")
-    if not n:
+    first = np.sort(np.unique(task.keys, return_index=True)[1])  # of samples that were chosen several times
+    if not task.training.validation or len(first) < 2:
         return task.keys, task.weights, task.keys[:0]
-    order = np.random.default_rng(task.seed).permutation(len(task.keys))
-    rows = np.sort(order[n:])
-    return task.keys[rows], None if task.weights is None else task.weights[rows], task.keys[order[:n]]
+    if task.epochs is not None:
+        raise TrainingError("a selection that differs from epoch to epoch leaves no validation share; use validation=0")
+    n = max(1, int(task.training.validation * len(first)))
+    held_out = task.keys[first[np.random.default_rng(task.seed).permutation(len(first))[:n]]]
+    rows = np.flatnonzero(~np.isin(task.keys, held_out))
+    return task.keys[rows], None if task.weights is None else task.weights[rows], held_out

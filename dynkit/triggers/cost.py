@@ -93,7 +93,7 @@ class Cost:
     def _latency(self, new: pl.DataFrame, run: RunView, row: int) -> float:
         """Sample seconds that the samples since the last training have waited."""
         time_ns = _times(newest(new, run, row, since_training(run, row)))
-        return float((time_ns.max() - time_ns).sum() / 1e9)
+        return float(((time_ns.max() - time_ns) / 1e9).sum())
 
     def _misclassified(self, new: pl.DataFrame, run: RunView, row: int) -> float:
         """Error seconds since the last training."""

@@ -12,7 +12,7 @@ import polars as pl
 import torch
 
 from dynkit.drift import Reference, prepared, resolve
-from dynkit.drift.criteria import Criterion, DynamicQuantile, PValue
+from dynkit.drift.criteria import HISTORY, Criterion, DynamicQuantile, PValue
 from dynkit.errors import InvalidInput, PolicyError, check_whole, did_you_mean
 from dynkit.time import check_duration
 from dynkit.training.scores import probabilities
@@ -44,7 +44,7 @@ class Drift:
         Samples between two looks.
     criterion : Criterion
         `Threshold`, `DynamicQuantile` or `DynamicRollingAverage` of the score, or `PValue`, of `dynkit.drift`. The
-        default asks whether the score is the largest of those before.
+        default fires above the 95 % quantile of the last ten scores.
     on : str or callable
         What is compared: ``"embedding"`` of the newest model, its ``"outputs"`` (probabilities), ``"fields"`` (the
         samples themselves), ``"columns"`` (numeric columns of the table), or a function ``(frame, run) -> (N, D)``.
@@ -93,7 +93,7 @@ class Drift:
         check_whole("seed", self.seed, 0)
         if isinstance(self.on, str) and self.on not in _ON:
             raise InvalidInput(f"on={self.on!r} is not known{did_you_mean(self.on, _ON)}")
-        if not callable(self.criterion):
+        if not callable(self.criterion) or isinstance(self.criterion, type):
             raise InvalidInput(f"criterion={self.criterion!r} is not one; write dk.drift.Threshold(0.1), for example")
         resolve(self.metric)  # an unknown name is an error now
 
@@ -127,7 +127,7 @@ class Drift:
         value = numbers["p_value" if isinstance(self.criterion, PValue) else "score"]
         decision = self.criterion(value, self._history)
         self._history.append(value)
-        del self._history[: -getattr(self.criterion, "window", 1)]
+        del self._history[: -getattr(self.criterion, "window", HISTORY)]
         windows = {name: list(span) for name, span in spans.items()}
         return tell(decision.fires, threshold=decision.threshold, **{**numbers, **windows})
 
@@ -150,6 +150,8 @@ class Drift:
             self._make_room()
             self._prepared[before] = prepared(self.metric, points("reference"))
         ready, current = self._prepared[before], points("current")
+        if not self._shared:
+            self._known.clear()
         if isinstance(self.criterion, PValue):
             rng = np.random.default_rng([self.seed, spans["current"][1]])
             tested = ready.tested(current, self.criterion.permutations, rng)
@@ -180,6 +182,15 @@ class Drift:
             numbers = frame.select(pl.selectors.numeric()).drop("key", "label", strict=False)
             if not numbers.width:
                 raise InvalidInput("the table has no numeric columns to compare; pass on='fields', or a function")
+            numbers = numbers.fill_nan(None)
+            missing = numbers.null_count().row(0)
+            numbers = numbers.drop_nulls()
+            if numbers.height < _LEAST:
+                most = numbers.columns[int(np.argmax(missing))]
+                raise InvalidInput(
+                    f"of {frame.height} samples {numbers.height} have all numeric columns, {most!r} is missing most; "
+                    "pass on=lambda frame, run: frame.select(...).to_numpy(), with columns that are there"
+                )
             return torch.from_numpy(numbers.cast(pl.Float64).to_numpy(writable=True))
         assert callable(self.on)
         found = torch.as_tensor(self.on(frame, run))

@@ -10,7 +10,7 @@ import polars as pl
 import torch
 
 from dynkit.drift import estimate_accuracy
-from dynkit.drift.criteria import Criterion, Decision, PValue, Threshold
+from dynkit.drift.criteria import HISTORY, Criterion, Decision, PValue, Threshold
 from dynkit.errors import InvalidInput, check_whole
 from dynkit.evaluation.metrics import Accuracy, higher_is_better, metric_name, resolve_metric
 from dynkit.training.scores import probabilities
@@ -50,7 +50,7 @@ class AvoidableMisclassifications:
 
     def avoidable(self, accuracy: float, expected: float, samples: int) -> float:
         """Misclassifications of one look that a model as good as expected would not have made."""
-        more = (expected - accuracy) * samples
+        more = round((expected - accuracy) * samples, 3)  # an accuracy has no more digits than float32
         return more if self.allow_reduction else max(more, 0.0)
 
 
@@ -103,7 +103,7 @@ class Performance:
         if self.labels not in ("true", "estimated"):
             raise InvalidInput(f"labels={self.labels!r} must be 'true' or 'estimated'")
         judges = callable(self.criterion) or isinstance(self.criterion, AvoidableMisclassifications)
-        if not judges or isinstance(self.criterion, PValue):
+        if not judges or isinstance(self.criterion, PValue | type):
             raise InvalidInput(f"criterion={self.criterion!r} is not one; write dk.drift.Threshold(0.7), for example")
 
     def __call__(self, new: pl.DataFrame, run: RunView) -> Iterator[int]:
@@ -119,11 +119,11 @@ class Performance:
         score, band = self._judged(seen, new, run, row)
         if score is None:
             return tell(False, reason="no labels to judge by")
-        samples = seen.height if self.labels == "estimated" else seen["label"].count()
+        samples = seen.height if band else seen["label"].count()
         coming = forecast([*self._history, score]) if self.mode == "lookahead" else None
         more, decision = self._decide(score, coming, samples, new, run, row)
         self._history.append(score)
-        del self._history[: -max(getattr(self.criterion, "window", 1), _WINDOW)]
+        del self._history[: -max(getattr(self.criterion, "window", HISTORY), _WINDOW)]
         if coming is not None:
             more["forecast"] = coming
         return tell(decision.fires, score=score, threshold=decision.threshold, samples=samples, **band, **more)
@@ -135,10 +135,10 @@ class Performance:
         criterion = self.criterion
         if isinstance(criterion, AvoidableMisclassifications):
             expected, count = self._expectation.of(criterion.expected_accuracy, score, new, run, row)
-            count = self._expectation.count = count + round(criterion.avoidable(score, expected, samples))
+            count = self._expectation.count = count + criterion.avoidable(score, expected, samples)
             numbers = {"expected": expected, "avoidable": count}
-            ahead = 0 if coming is None else round(max(0.0, expected - coming) * self.every)
-            return numbers, Decision(count + ahead >= criterion.n, float(criterion.n))
+            ahead = 0.0 if coming is None else max(0.0, expected - coming) * self.every
+            return numbers, Decision(count + ahead >= criterion.n - _TOLERANCE, float(criterion.n))
         worse = higher_is_better(resolve_metric(self.metric))
         decision = criterion(score, self._history, lower_is_worse=worse)
         if coming is not None and not decision.fires:
@@ -167,6 +167,7 @@ class Performance:
 
 
 _WINDOW = 20  # scores that a forecast is made from
+_TOLERANCE = 1e-6  # of a sum of rounded numbers
 
 
 @dataclass

@@ -35,7 +35,7 @@ class AtLeast:
 
     n: int
     triggers: Sequence[Trigger]
-    _voted: set[int] = field(default_factory=set, init=False, repr=False, compare=False)
+    _votes: "_Votes" = field(default_factory=lambda: _Votes(), init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.triggers, list | tuple) or not self.triggers:
@@ -48,6 +48,7 @@ class AtLeast:
     def __call__(self, new: pl.DataFrame, run: RunView) -> Iterator[int]:
         """Row positions of `new` at which enough triggers have voted."""
         start = 0
+        self._votes.since(run)
         least = -1 if run.samples_since_trigger else 0  # before any new sample there is nothing to train on
         while start < new.height:
             rest = new.slice(start)
@@ -63,8 +64,9 @@ class AtLeast:
                 head = rest.head(fired + 1)
                 for trigger in self.triggers if head.height else ():  # up to here again, and no further
                     list(as_positions(trigger(head, cast(RunView, _Ahead(run, new, start))), head.height))
-            self._voted.clear()
+            self._votes.by.clear()
             yield start + fired
+            self._votes.since(run)
             start += fired + 1
             least = 0
 
@@ -79,10 +81,25 @@ class AtLeast:
                 return None
             for i, at in enumerate(coming):
                 if at == row:
-                    self._voted.add(i)
+                    self._votes.by.add(i)
                     coming[i] = next(fires[i], None)
-            if len(self._voted) >= self.n:
+            if len(self._votes.by) >= self.n:
                 return row
+
+
+@dataclass
+class _Votes:
+    """Which triggers have voted since a training, and samples that were there at it."""
+
+    by: set[int] = field(default_factory=set)
+    at: int = 0
+
+    def since(self, run: RunView) -> None:
+        """Void them if there was another training, whoever asked for it."""
+        at = run.past.height - run.samples_since_trigger
+        if at != self.at:
+            self.by.clear()
+            self.at = at
 
 
 def at_least(n: int, *triggers: Trigger) -> AtLeast:
