@@ -79,9 +79,11 @@ def run_pipeline(file: Path, workspace: Path | None, device: str | None) -> None
 
     with _told():
         try:
-            text = file.read_text()
+            text = file.read_text(encoding="utf-8")
         except OSError as error:
             raise InvalidInput(f"cannot read {file}: {error.strerror}") from None
+        except UnicodeDecodeError as error:
+            raise InvalidInput(f"{file} is no UTF-8 text: {error}") from None
         ws = _open(workspace)
         sys.path.insert(0, str(file.parent.resolve()))  # modules beside the file, as for a script
         pipeline = build(text, ws.catalog, device=device)
@@ -103,8 +105,9 @@ def run_pipeline(file: Path, workspace: Path | None, device: str | None) -> None
             for event in pipeline.replay():
                 run = run or ws.run(event.run)
                 _say(str(event), style="dim")
-    except Exception:
-        _say(traceback.format_exc().rstrip(), to=_err)
+    except Exception as error:
+        told = f"{type(error).__name__}: {error}" if isinstance(error, DynkitError) else traceback.format_exc().rstrip()
+        _say(told, to=_err)
         if run is not None:
             _say(f"run {run.id} {run.status}; dynkit resume {run.id} continues it", to=_err)
         raise SystemExit(1) from None
@@ -440,8 +443,8 @@ def batch(
     html: bool,
 ) -> None:
     """Execute NOTEBOOK headless, once per combination of parameters; exit code 1 when one fails."""
-    fixed = {name: parse(value).value for name, value in parameters}
     with _told():
+        fixed = {name: parse(value).value for name, value in parameters}
         jobs = batches.plan(notebook, folder, [{**fixed, **chosen} for chosen in batches.combinations(dict(grid))])
     records = []
     for number, job in enumerate(jobs, 1):

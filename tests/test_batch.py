@@ -225,6 +225,8 @@ def test_the_command_tells_failures_by_exit_code_and_text(tmp_path: Path) -> Non
     done = dynkit(tmp_path, "run", "pipeline.yaml")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "SpecError: line 1: key 'model' is missing" in done.stderr
+    file.write_bytes(b"name: caf\xe9")
+    assert dynkit(tmp_path, "run", "pipeline.yaml").stderr.startswith("InvalidInput: pipeline.yaml is no UTF-8 text")
     assert dynkit(tmp_path, "run", "none.yaml").stderr.startswith("InvalidInput: cannot read none.yaml: No such file")
     assert dynkit(tmp_path, "show", "zzz").stderr.startswith("NotFound: no run begins with 'zzz'")
 

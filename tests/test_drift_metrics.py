@@ -1,5 +1,6 @@
 """The newer drift metrics against scipy and brute force; references that are prepared once."""
 
+import importlib.util
 import pickle
 
 import numpy as np
@@ -88,6 +89,24 @@ def test_cramer_von_mises_is_scipys(n: int, m: int, seed: int) -> None:
     # scipy's T is N M / (N + M) times the mean square, less the part that has no drift in it
     each = [stats.cramervonmises_2samp(x[:, i], y[:, i], method="asymptotic").statistic for i in range(3)]
     assert found == pytest.approx(max(each) * (n + m) / (n * m), rel=1e-6)
+
+
+def test_cramer_von_mises_of_equal_and_of_rare_values() -> None:
+    for x in (np.ones((100, 2)), np.ones((100, 2), np.float32)):
+        assert dk.drift.test(x, x, "cvm").score == 0
+        assert not dk.drift.test(x, x, "cvm").drifted
+    rng = np.random.default_rng(0)
+    rare = [(rng.random((2, 200, 3)) < 0.02).astype(np.float32) for _ in range(100)]
+    assert np.mean([dk.drift.test(x, y, "cvm", permutations=99, seed=i).drifted for i, (x, y) in enumerate(rare)]) < 0.1
+
+
+def test_columns_of_tables_are_paired_by_name() -> None:
+    x, _ = two(300, 300, 2)
+    old = pl.DataFrame({"heat": x[:, 0], "noise": 60 + 5 * x[:, 1]})
+    for table in (old, old.lazy(), old.to_pandas() if importlib.util.find_spec("pandas") else old):
+        wanted = ["noise", "heat"]
+        new = table.select(wanted) if hasattr(table, "select") else table[wanted]
+        assert dk.drift.test(table, new, "energy").score == pytest.approx(0, abs=1e-6)
 
 
 def test_cramer_von_mises_takes_equal_samples_together() -> None:

@@ -135,6 +135,13 @@ def test_torch_datasets_take_times_of_their_own(ws: dk.Workspace) -> None:
     assert "few" not in ws.datasets()
 
 
+def test_a_folder_of_images_without_classes_has_no_labels(ws: dk.Workspace, tmp_path: Path) -> None:
+    for i in range(3):
+        Image.fromarray(np.full((4, 4, 3), i, np.uint8)).save(tmp_path / f"{i}.bmp")
+    dataset = ws.ingest("i", tmp_path)
+    assert dataset.read(dataset.keys())["image"][:, 0, 0, 0].sort().values.tolist() == [0, 1, 2]
+
+
 def test_a_folder_of_images_has_classes_and_times(ws: dk.Workspace, tmp_path: Path) -> None:
     for i in range(12):
         folder = tmp_path / "images" / ("cat" if i % 3 else "dog")

@@ -17,7 +17,7 @@ from torch import nn
 import dynkit as dk
 from dynkit.catalog import packs
 from dynkit.data import Batches
-from dynkit.errors import Conflict, InvalidInput
+from dynkit.errors import Conflict, InvalidInput, NotFound
 from dynkit.lineage import erasure
 from dynkit.models.reading import Reader
 from dynkit.models.shelf import Shelf
@@ -390,6 +390,8 @@ def test_erasing_refuses_what_cannot_be(ws: dk.Workspace, dataset: dk.Dataset) -
     stream.close()  # type: ignore[attr-defined]
     with pytest.raises(InvalidInput, match="no keys"):
         ws.lineage.erase([])
+    with pytest.raises(NotFound, match=r"2 keys were never given to a sample of 's.*': \[-1, 999999\]"):
+        ws.lineage.erase([1, -1, 999_999])
     ws.ingest("other", make_frame(10), timestamp="when", label="late")
     with pytest.raises(InvalidInput, match="has 2 datasets"):
         ws.lineage.affected_by([1])

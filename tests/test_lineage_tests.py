@@ -126,6 +126,10 @@ def chain(ws: dk.Workspace, n: int) -> list[str]:
 def test_models_of_a_workspace_are_bisected_and_results_remembered(ws: dk.Workspace) -> None:
     models = chain(ws, 20)
     ws.lineage.register(below(13), name="small")
+    with pytest.raises(NotFound, match="no dataset 'nope'"):
+        ws.lineage.register(below(13), dataset="nope")
+    with pytest.raises(InvalidInput, match="at_least=nan"):
+        ws.lineage.register(below(13), at_least=float("nan"))
     found = ws.lineage.bisect("small", models[0], models[-1])
     assert found.first == models[13]
     assert len(found.tested) <= 5

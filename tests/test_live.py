@@ -140,6 +140,19 @@ def test_a_live_run_goes_on_after_its_process_was_killed(ws: dk.Workspace) -> No
     assert sorted(set(positions)) == [500, 1000, 1500]
 
 
+def test_a_live_run_goes_on_after_its_version_was_erased(ws: dk.Workspace) -> None:
+    dataset = ws.ingest("live", make_frame(500), timestamp="when", label="late")
+    events = make_pipeline(dataset, trigger=dk.triggers.Amount(400)).replay(live=True)
+    run = ws.run(next(event for event in events if event.kind == "trained").run)
+    events.close()  # type: ignore[attr-defined]
+    dataset.append(make_frame(400, seed=1))
+    dataset.compact(erase=True)
+    run.resume()
+    run.finish()
+    assert run.wait(60) == "finished"
+    assert len(run.trained) == 2
+
+
 def test_samples_without_a_label_or_held_out_are_not_trained_on(ws: dk.Workspace) -> None:
     frame = make_frame(2000).with_columns(late=pl.when(pl.int_range(pl.len()) % 4 > 0).then("late"))
     dataset = ws.ingest("part", frame, timestamp="when", label="late", features=["a", "b", "c"])

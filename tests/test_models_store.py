@@ -384,3 +384,20 @@ def test_many_bytes_are_read_in_several_parts(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(OSError, match="ends too early"):
         read_at(descriptor, 5_000, 6_000)
     os.close(descriptor)
+
+
+def test_names_and_states_that_cannot_be_are_refused(ws: dk.Workspace) -> None:
+    zeros, ones = (ws.models.put({"w": torch.full((3,), value)}) for value in (0.0, 1.0))
+    for name in (zeros, ""):
+        with pytest.raises(InvalidInput, match="not look like the identity of a model"):
+            ws.models.put({"w": torch.ones(4)}, name=name)
+        with pytest.raises(InvalidInput, match="not look like the identity of a model"):
+            ws.lineage.name(ones, name)
+    with pytest.raises(InvalidInput, match="None is no model"):
+        ws.models.load(None)  # type: ignore[arg-type]
+    with pytest.raises(InvalidInput, match=r"not Linear; give module.state_dict\(\)"):
+        ws.models.put(torch.nn.Linear(2, 2))  # type: ignore[arg-type]
+    child = ws.models.put({"w": torch.full((3,), 2.0)}, parents=ones)
+    assert ws.lineage.ancestors(child) == {ones}
+    with pytest.raises(StorageError, match="cannot write"):
+        ws.models.export_safetensors(ones, ws.path / "nowhere" / "x.safetensors")

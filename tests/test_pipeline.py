@@ -427,6 +427,7 @@ def test_inline_a_failure_is_raised_and_recorded(ws: dk.Workspace, dataset: dk.D
         ({"selection": lambda pool, run, rng: pool.select("label")}, PolicyError, "without a column key"),
         ({"selection": lambda pool, run, rng: pool.select("key", weight=-1.0)}, PolicyError, "negative, null or not finite"),
         ({"evaluation": dk.Evaluation(windows=lambda run: [1])}, PolicyError, "windows must return"),
+        ({"evaluation": dk.Evaluation(windows=lambda run: None)}, PolicyError, "windows must return"),
         ({"evaluation": dk.Evaluation(windows=lambda run: [dk.Window(0, 9), dk.Window(0, 9, 3)])}, PolicyError, "two windows of the same"),
         ({"training": dk.Training(fit=lambda model, batches, context: model[0].weight.data.fill_(float("inf")))}, TrainingError, r"0\.weight of the model are not finite"),
     ],

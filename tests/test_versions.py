@@ -468,3 +468,36 @@ def test_a_lock_ends_with_its_block_though_a_child_was_forked_in_it(ws: dk.Works
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
+
+
+def test_damage_is_not_rewritten_with_a_fresh_hash(ws: dk.Workspace) -> None:
+    dataset = ws.create_dataset("d", fields={"x": ("float32", (2,))})
+    for moment in range(3):
+        dataset.append(x=np.ones((5, 2), np.float32), timestamp=[moment] * 5)
+    shard = next((ws.path / "datasets/d/segments").rglob("c/0/0"))
+    shard.write_bytes(b"\xff" * 4 + shard.read_bytes()[4:])
+    for erase in (False, True):
+        with pytest.raises(StorageError, match=r"c/0/0 is damaged: its hash does not fit; nothing was rewritten"):
+            dataset.compact(erase=erase)
+    with pytest.raises(StorageError, match="c/0/0"):
+        dataset.verify()
+
+
+def test_masked_values_are_missing_labels_and_no_samples(ws: dk.Workspace) -> None:
+    y = np.ma.masked_array([0, 1, 0, 1], mask=[False, True, False, True])
+    data = {"when": np.datetime64("2024-01-01") + np.arange(4), "x": np.zeros((4, 2), np.float32), "y": y}
+    dataset = ws.ingest("d", data, timestamp="when", label="y")
+    assert dataset.table()["label"].to_list() == [0, None, 0, None]
+    with pytest.raises(InvalidInput, match="array 'x' has masked values"):
+        ws.ingest("e", {**data, "x": np.ma.masked_greater(data["x"], -1)}, timestamp="when", label="y")
+    with pytest.raises(InvalidInput, match=r"array 'x' has shape \(4, 0\): nothing per sample"):
+        ws.ingest("e", {**data, "x": np.zeros((4, 0))}, timestamp="when", label="y")
+
+
+def test_sequences_of_another_type_are_refused(ws: dk.Workspace) -> None:
+    frame = make_frame(3).select("when", tok=pl.Series([[1, 2, 3], [4], [5, 6]]))
+    dataset = ws.ingest("d", frame, timestamp="when")
+    for dtype in (pl.Int32, pl.Float64):
+        with pytest.raises(InvalidInput, match="field 'tok' holds int64, the new samples"):
+            dataset.append(frame.with_columns(pl.col("tok").cast(pl.List(dtype))))
+    assert len(dataset) == 3

@@ -438,6 +438,18 @@ class Dataset:
             weights = selection["weight"].cast(pl.Float32).to_numpy(writable=True)
         return as_keys(selection), weights
 
+    def check_given(self, keys: IntArray) -> None:
+        """Refuse keys that no sample of this dataset ever had.
+
+        Raises
+        ------
+        NotFound
+        """
+        end = int(self.open().manifest["next_key"])
+        never = keys[(keys < 0) | (keys >= end)]
+        if len(never):
+            raise NotFound(f"{len(never)} keys were never given to a sample of {self.name!r}: {never[:3].tolist()}...")
+
     def hashes(self, keys: Any = None) -> Keys:
         """Hash the content of samples, fields and label: equal samples have equal hashes (N,) uint64."""
         return hash_rows(self.open(), as_keys(self.keys() if keys is None else keys))

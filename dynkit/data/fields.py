@@ -310,7 +310,11 @@ def _as_array(name: str, value: Any) -> Array:
     if isinstance(value, torch.Tensor):
         value = value.detach().cpu()
         value = (value.view(torch.uint16) if value.dtype == torch.bfloat16 else value).numpy()
+    if isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value):
+        raise InvalidInput(f"array {name!r} has masked values; a field has none that are missing: fill them")
     array: Array = np.asarray(value)
+    if 0 in array.shape[1:]:
+        raise InvalidInput(f"array {name!r} has shape {array.shape}: nothing per sample")
     if array.dtype == object:
         raise InvalidInput(f"array {name!r} holds Python objects; every sample needs the same shape and a number type")
     return array

@@ -282,7 +282,8 @@ def _as_frame(data: Any, declared: Mapping[str, Field]) -> tuple[pl.DataFrame, d
     try:
         return _split(pl.DataFrame(data), declared)
     except ImportError as error:
-        raise InvalidInput(f"{type(data).__name__} needs a package to be read: pip install {error.name}") from None
+        package = f"pip install {error.name or 'pyarrow'}"
+        raise InvalidInput(f"{type(data).__name__} needs a package to be read: {package}") from None
     except (TypeError, ValueError, pl.exceptions.PolarsError) as error:
         raise InvalidInput(f"cannot read samples from {type(data).__name__}: {error}") from None
 
@@ -338,6 +339,10 @@ def _as_series(name: str, value: Any) -> pl.Series:
         return value.alias(name)
     if isinstance(value, list | tuple) and value and not hasattr(value[0], "__len__"):
         return pl.Series(name, value)  # of datetimes, say
+    if isinstance(value, np.ma.MaskedArray):
+        known = pl.Series(~np.broadcast_to(value.mask, value.shape))
+        series = _as_series(name, value.data)
+        return series.zip_with(known, pl.Series([None], dtype=series.dtype).new_from_index(0, len(series)))
     array = np.asarray(value.detach().cpu() if hasattr(value, "detach") else value)
     if array.ndim == 0:
         raise InvalidInput(f"{name!r} is a single value, not one per sample")

@@ -152,13 +152,14 @@ def read_file(folder: Path, file: str) -> Iterator[Any]:
 
 
 def _images(root: Path, files: list[Path]) -> Iterator[dict[str, Any]]:
-    """Return the encoded files, the time they were last changed, and the name of their folder."""
+    """Return the encoded files, the time they were last changed, and the names of their folders, if there are any."""
+    labelled = any(file.parent != root for file in files)
     for start in range(0, len(files), _IMAGES_PER_BLOCK):
         some = files[start : start + _IMAGES_PER_BLOCK]
         yield {
             "image": [file.read_bytes() for file in some],
             "timestamp": pl.Series([file.stat().st_mtime_ns for file in some]).cast(pl.Datetime("ns")),
-            "label": [file.parent.name if file.parent != root else None for file in some],
+            **({"label": [file.parent.name if file.parent != root else None for file in some]} if labelled else {}),
             "file": [str(file.relative_to(root)) for file in some],
         }
 

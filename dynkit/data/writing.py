@@ -252,6 +252,9 @@ def _rewrite(
     dict or None
         The new entry; None when no sample is left.
     """
+    for path, known in (file for entry in entries for file in files_of(entry)):
+        if store.checksum(path) != known:  # else damage would get a fresh hash
+            raise StorageError(f"{path} is damaged: its hash does not fit; nothing was rewritten")
     lists = {name: manifest[name] if fold else [] for name in ("tombstones", "labels")}
     source = Version(store, {**manifest, **lists, "version": 0, "segments": entries})
     table = source.columns().sort("key")

@@ -320,22 +320,24 @@ def _over_lines(
     joined: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
     """Measure the difference of distribution functions along each column for all permutations, and join columns."""
-    z = memberships(n, len(points) - n, permutations, rng).to(points)
-    step = z / n - (1 - z) / (len(points) - n)  # of F - G at each sample
+    m = len(points) - n
+    exact = torch.float32 if n * m < 2**24 else torch.float64  # for whole numbers, so that equal differences are equal
+    z = memberships(n, m, permutations, rng).to(points.device, exact)
+    step = z * m - (1 - z) * n  # of n m (F - G) at each sample
     scores = torch.zeros(len(z), dtype=torch.float64, device=points.device)
     for line in points.T:
         place, order = line.sort()
-        scores = joined(scores, measure(step[:, order].cumsum_(1), place).double())
+        scores = joined(scores, measure(step[:, order].cumsum_(1).div_(n * m), place).double())
     return scores
 
 
 def _area(difference: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
     """Area between the functions: the Wasserstein-1 distance."""
-    return difference[:, :-1].abs_() @ place.diff()
+    return difference[:, :-1].abs_() @ place.diff().to(difference)
 
 
 def _mean_square(difference: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
     """Mean squared difference at the samples; equal ones have that of the last of them."""
     last = torch.cat([place.diff() > 0, torch.ones(1, dtype=torch.bool, device=place.device)]).nonzero()[:, 0]
     times = last.diff(prepend=last.new_full((1,), -1))
-    return difference[:, last].square() @ (times / len(place)).to(difference)
+    return difference[:, last].double().square() @ (times / len(place)).double()

@@ -214,8 +214,8 @@ def resolve(metric: str | DriftMetric) -> DriftMetric:
 
 def both_points(reference: Any, current: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Return both sets as rows of as many numbers, of one type and on one device."""
-    if isinstance(reference, pl.DataFrame | pl.LazyFrame) and isinstance(current, pl.DataFrame | pl.LazyFrame):
-        reference, current = same_columns(reference, current)
+    if all(isinstance(one, pl.LazyFrame) or hasattr(one, "columns") for one in (reference, current)):
+        reference, current = same_columns(reference, current)  # also of pandas
     x, y = points(reference, "reference"), points(current, "current")
     if x.shape[1] != y.shape[1]:
         raise InvalidInput(

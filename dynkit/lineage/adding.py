@@ -17,6 +17,7 @@ from dynkit.lineage.origins import Origin, insert_origin
 from dynkit.lineage.rebuilding import as_group, as_state, call, link
 from dynkit.lineage.storing import put
 from dynkit.models import ModelStore, tensor_id
+from dynkit.models.records import check_name
 from dynkit.policies import digest
 
 __all__ = ["Model", "add", "add_group", "commit", "point", "state_of", "write_notes"]
@@ -112,6 +113,7 @@ def state_of(model: Any) -> Mapping[str, torch.Tensor]:
 
 def point(connection: sa.Connection, name: str, model: str, *, expected: str | None) -> None:
     """Let a name mean a model, if it means `expected` now (None: nothing, or the model already)."""
+    check_name(name)
     now = connection.scalar(sa.select(names.c.model).where(names.c.name == name))
     if now == model:
         return

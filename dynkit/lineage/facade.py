@@ -267,6 +267,8 @@ class Lineage:
             A number passes from here on.
         """
         chosen = tuple(self._store.resolve(model) for model in models)
+        if dataset is not None:
+            self._dataset(dataset).open()  # there?
         options = {"pattern": pattern, "tag": tag, "dataset": dataset, "at_least": at_least}
         test = testing.as_test(function, name, models=chosen, **options)
         with self._catalog.write() as connection:
@@ -453,6 +455,7 @@ class Lineage:
             When a run on the dataset is going, or models would have to be dropped.
         """
         found = self.affected_by(keys, dataset=dataset)
+        self._dataset(dataset).check_given(found.keys)
         planned = erasure.plan(self._catalog, self._workshop, found)
         if dry_run:
             return planned

@@ -144,6 +144,8 @@ def as_test(function: Callable[..., Any], name: str | None = None, **options: An
     """
     if not callable(function):
         raise InvalidInput(f"{function!r} is no test; pass a function of a model's state, or the name of a test")
+    if (least := options.get("at_least")) is not None and not math.isfinite(least):
+        raise InvalidInput(f"at_least={least!r} must be a number that a result can reach")
     try:
         pickled = bytes(cloudpickle.dumps(function))
     except Exception as error:

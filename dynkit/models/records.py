@@ -5,6 +5,7 @@ model costs a row of some 200 bytes, however many tensors it has in common with 
 """
 
 import json
+import re
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -15,11 +16,11 @@ from blake3 import blake3
 from numcodecs.zstd import Zstd
 
 from dynkit.catalog import layouts, models, names, upsert
-from dynkit.errors import Conflict, NotFound
+from dynkit.errors import Conflict, InvalidInput, NotFound
 from dynkit.models.coding import pack_numbers, unpack_numbers
 from dynkit.models.encoding import Ref
 
-__all__ = ["Stored", "insert_model", "move_name", "resolved", "stored"]
+__all__ = ["Stored", "check_name", "insert_model", "move_name", "resolved", "stored"]
 
 _SLOT_BITS = 24  # of a reference as one number
 _LEVEL = 9  # of zstd
@@ -92,6 +93,8 @@ def resolved(connection: sa.Connection, model: str) -> str:
     ------
     NotFound
     """
+    if not isinstance(model, str):
+        raise InvalidInput(f"{model!r} is no model; give an identity, the beginning of one, or a name")
     named = connection.scalar(sa.select(names.c.model).where(names.c.name == model))
     if named is not None:
         return str(named)
@@ -104,6 +107,17 @@ def resolved(connection: sa.Connection, model: str) -> str:
     return str(found[0])
 
 
+def check_name(name: str) -> None:
+    """Refuse names that could mean another model.
+
+    Raises
+    ------
+    InvalidInput
+    """
+    if not isinstance(name, str) or not name or re.fullmatch("[0-9a-f]{64}", name):
+        raise InvalidInput(f"the name {name!r} must be a text, and not look like the identity of a model")
+
+
 def move_name(connection: sa.Connection, name: str, model: str, expected: Iterable[str]) -> None:
     """Let a name be a model's, if it is nobody's or one of the `expected`.
 
@@ -111,6 +125,7 @@ def move_name(connection: sa.Connection, name: str, model: str, expected: Iterab
     ------
     Conflict
     """
+    check_name(name)
     holder = connection.scalar(sa.select(names.c.model).where(names.c.name == name))
     if holder is not None and holder != model and holder not in set(expected):
         raise Conflict(

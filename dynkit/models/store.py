@@ -66,7 +66,7 @@ class ModelStore:
     def put(
         self,
         state: Mapping[str, Any],
-        parents: Sequence[str] = (),
+        parents: str | Sequence[str] = (),
         name: str | None = None,
         metadata: Mapping[str, Any] | None = None,
         *,
@@ -80,7 +80,7 @@ class ModelStore:
         state : mapping of name to tensor
             Anything that is tensors: weights, buffers, optimizer states (flatten nested ones, such as
             ``{f"optimizer.{i}.{k}": tensor}``).
-        parents : sequence of str
+        parents : str or sequence of str
             Models that it was made from: its parents in the lineage, and what its tensors are predicted from.
         name : str, optional
             What to call it from now on. A name that is taken moves only from a parent to its child.
@@ -105,7 +105,8 @@ class ModelStore:
         """
         tensors = _tensors(state)
         kept = _json(metadata or {})
-        ancestors = tuple(dict.fromkeys(self.resolve(parent) for parent in parents))
+        given = [parents] if isinstance(parents, str) else parents
+        ancestors = tuple(dict.fromkeys(self.resolve(parent) for parent in given))
         step = 0.0
         if policy is not None:
             tensors, step, evidence = policy.applied(tensors, bases_of(self._shelf, tensors, ancestors))
@@ -339,6 +340,10 @@ class OpenModel(Mapping[str, torch.Tensor]):
 
 def _tensors(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """Check that a state is dense tensors by name."""
+    if not isinstance(state, Mapping):
+        raise InvalidInput(
+            f"a state is a mapping of name to tensor, not {type(state).__name__}; give module.state_dict()"
+        )
     for name, value in state.items():
         if not isinstance(value, torch.Tensor):
             raise InvalidInput(

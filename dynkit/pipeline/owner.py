@@ -142,8 +142,12 @@ class Owner:
 
     @property
     def dataset(self) -> Dataset:
-        """The dataset at the run's version."""
-        return Dataset(self.catalog, *self._dataset)
+        """The dataset at the run's version; of a live run the newest one, where that was erased meanwhile."""
+        name, number = self._dataset
+        growing = Dataset(self.catalog, name)
+        if self.live and number not in [version.number for version in growing.versions()]:
+            return growing.at(growing.version)
+        return Dataset(self.catalog, name, number)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -10,7 +10,7 @@ training and selection draws from a seed of its own (run seed, trigger index), s
 import copy
 import pickle
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -287,7 +287,8 @@ class _Loop:
     def evaluate(self) -> Iterator[Event]:
         """Fill the models x windows matrix, window by window."""
         evaluation = self.pipeline.evaluation
-        windows = list(evaluation.windows(self.view))
+        windows = evaluation.windows(self.view)
+        windows = list(windows) if isinstance(windows, Iterable) else [windows]
         if not all(isinstance(window, Window) for window in windows):
             raise PolicyError("windows must return dynkit Windows: Window(start_ns, end_ns)")
         models = dict.fromkeys(trained.model for trained in self.view.trained)
