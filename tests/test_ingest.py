@@ -238,3 +238,35 @@ def test_a_killed_ingest_leaves_nothing_to_be_seen(tmp_path: Path) -> None:
     dataset = ws.ingest("d", make_frame(100), timestamp="when", label="late")
     assert any("segments" in path for path in dataset.gc())
     dataset.verify()
+
+
+def test_lines_of_json_have_times(ws: dk.Workspace, tmp_path: Path) -> None:
+    lines = [f'{{"when": "2024-01-0{i}T12:00:00", "a": {i}.5, "y": {i % 2}}}\n' for i in range(1, 6)]
+    (tmp_path / "f.ndjson").write_text("".join(lines))
+    dataset = ws.ingest("j", tmp_path / "f.ndjson", timestamp="when", label="y")
+    assert dataset.table()["timestamp"].dt.day().to_list() == [1, 2, 3, 4, 5]
+    dataset.append(tmp_path / "f.ndjson")
+    assert len(dataset) == 10
+
+
+def test_a_column_of_a_csv_may_become_fractional_late(ws: dk.Workspace, tmp_path: Path) -> None:
+    rows = "".join(f"2024-01-01,{i},0\n" for i in range(5000))
+    (tmp_path / "f.csv").write_text(f"when,a,y\n{rows}2024-01-02,1.5,1\n")
+    dataset = ws.ingest("c", tmp_path / "f.csv", timestamp="when", label="y")
+    assert dataset.read(dataset.keys()[-1:])["x"].tolist() == [[1.5]]
+
+
+def test_labels_of_several_numbers_may_have_any_name(ws: dk.Workspace) -> None:
+    t, y = np.datetime64("2024-01-01") + np.arange(10), np.arange(40).reshape(10, 4)
+    dataset = ws.ingest("l", {"when": t, "x": np.zeros((10, 2)), "y": y}, timestamp="when", label="y")
+    dataset.append({"when": t + 10, "x": np.zeros((10, 2)), "y": y})
+    assert dataset.read(dataset.keys())["label"][:10].tolist() == y.tolist()
+
+
+def test_what_cannot_be_a_file_or_a_column_is_told(ws: dk.Workspace, tmp_path: Path) -> None:
+    (tmp_path / "b.npz").write_bytes(b"hello")
+    with pytest.raises(InvalidInput, match=r"b.npz cannot be read"):
+        ws.ingest("z", tmp_path / "b.npz", timestamp="when")
+    for name in ("key", "timestamp", "x"):
+        with pytest.raises(InvalidInput, match=f"column '{name}' would be there twice"):
+            ws.create_dataset("d", fields={"x": "float32"}, columns={name: "int64"})

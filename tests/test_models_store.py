@@ -401,3 +401,39 @@ def test_names_and_states_that_cannot_be_are_refused(ws: dk.Workspace) -> None:
     assert ws.lineage.ancestors(child) == {ones}
     with pytest.raises(StorageError, match="cannot write"):
         ws.models.export_safetensors(ones, ws.path / "nowhere" / "x.safetensors")
+
+
+def test_a_file_that_somebody_removed_harms_only_models_that_need_it(ws: dk.Workspace) -> None:
+    state, other = {"w": torch.randn(300, 300)}, {"w": torch.randn(300, 300)}
+    packs = ws.path / "models" / "packs"
+    before = set(packs.glob("*.pack"))
+    lost = ws.models.put(state, name="lost")
+    (file,) = set(packs.glob("*.pack")) - before
+    ws.models.put(other, name="other")
+    file.unlink()
+    store = dk.Workspace(ws.path).models
+    assert [damage.models for damage in store.fsck()] == [(lost,)]
+    with pytest.raises(StorageError, match="is gone from"):
+        store.load("lost")
+    child = store.put({"w": state["w"] + 1e-4}, [lost])
+    assert equal(store.load(child), {"w": state["w"] + 1e-4})
+    store.gc(grace_s=0)
+    assert [damage.models for damage in store.fsck()] == [(lost,)]
+    store.remove(lost)
+    store.gc(grace_s=0)
+    assert store.fsck(deep=True) == []
+    assert store.put(state) == lost
+    store.repack()
+    assert equal(dk.Workspace(ws.path).models.load(lost), state)
+    assert equal(dk.Workspace(ws.path).models.load("other"), other)
+
+
+def test_a_model_whose_file_was_removed_is_mended_by_putting_it_again(ws: dk.Workspace) -> None:
+    state = {"w": torch.randn(300, 300)}
+    model = ws.models.put(state)
+    for file in (ws.path / "models" / "packs").glob("*.pack"):
+        file.unlink()
+    store = dk.Workspace(ws.path).models
+    store.remove(model)
+    store.gc(grace_s=0)
+    assert equal(dk.Workspace(ws.path).models.load(store.put(state)), state)

@@ -1,7 +1,7 @@
 """Making datasets: of a declaration, or of their first samples."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from blake3 import blake3
@@ -10,7 +10,7 @@ from dynkit.catalog import Catalog, datasets, insert_missing
 from dynkit.data import manifest, writing
 from dynkit.data.dataset import Dataset, check_name
 from dynkit.data.fields import parse_fields
-from dynkit.data.prepare import Prepared, Roles, check_fields, prepare_all
+from dynkit.data.prepare import RESERVED, Prepared, Roles, check_fields, prepare_all
 from dynkit.data.shards import check_compression
 from dynkit.data.sources import blocks, progress_bar, with_column
 from dynkit.data.store import Folder, Remote, open_store, storage_errors
@@ -34,7 +34,7 @@ def create(
         "timestamp": "timestamp",
         "label": _declared_label(label),
         "features": [],
-        "columns": _declared_columns(columns or {}),
+        "columns": _declared_columns(columns or {}, fields),
         "fields": {field: kind.to_json() for field, kind in check_fields(parse_fields(fields)).items()},
         "compression": _resolve(compression, store),
     }
@@ -114,8 +114,10 @@ def _resolve(compression: str, store: Folder | Remote) -> str:
 _COLUMNS = {"str": "String", "bool": "Boolean", "int64": "Int64", "float64": "Float64", "float32": "Float32"}
 
 
-def _declared_columns(columns: Mapping[str, str]) -> dict[str, str]:
+def _declared_columns(columns: Mapping[str, str], fields: Collection[str]) -> dict[str, str]:
     for name, kind in columns.items():
+        if name in RESERVED or name in fields:
+            raise InvalidInput(f"column {name!r} would be there twice; choose another name")
         if kind not in _COLUMNS:
             raise InvalidInput(f"column {name!r}: type {kind!r} is not known{did_you_mean(str(kind), _COLUMNS)}")
     return {name: _COLUMNS[kind] for name, kind in columns.items()}

@@ -5,7 +5,7 @@ refused with the column's name, the number of rows and the line to type. This mo
 """
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,10 +18,10 @@ from dynkit.data.fields import Array, Field, Spans, Stored, check_field_name, fi
 from dynkit.data.labels import column_types, fits, label_series, label_type, label_values, with_classes
 from dynkit.errors import InvalidInput, did_you_mean
 
-__all__ = ["Prepared", "Roles", "prepare", "prepare_all", "roles_of"]
+__all__ = ["RESERVED", "Prepared", "Roles", "prepare", "prepare_all", "roles_of"]
 
 _TIMESTAMP = pl.Datetime("ns", "UTC")
-_RESERVED = {"key", "timestamp", "label", "weight"}
+RESERVED = {"key", "timestamp", "label", "weight"}
 _X = Field("array", "float32")
 _LAST_US = (2**63 - 1) // 1000
 
@@ -111,12 +111,12 @@ def prepare(data: Any, roles: Roles, schema: Schema | None = None) -> Prepared:
     features = roles.features if schema is None else schema["features"]
     if features:
         declared.pop("x", None)  # made here
-    frame, arrays = _as_frame(data, declared)
+    labels = [roles.label] if isinstance(roles.label, str) else list(roles.label or [])
+    frame, arrays = _as_frame(data, declared, {"label", *labels})
     if schema is not None:
         frame = frame.with_columns(_typed_nulls(frame, schema))
     if features is not None and (isinstance(features, str) or len(set(features)) != len(features)):
         raise InvalidInput(f"features={features!r} must be a list of different column names")
-    labels = [roles.label] if isinstance(roles.label, str) else list(roles.label or [])
     if schema is not None and labels and not any(name in frame.columns for name in labels):
         labels = []  # they come late
     used = [roles.timestamp, *labels, *(features or [])]
@@ -188,7 +188,7 @@ def check_fields(fields: Mapping[str, Field]) -> Mapping[str, Field]:
 
 def _check_names(names: Iterable[str]) -> None:
     for name in names:
-        if name in _RESERVED:
+        if name in RESERVED:
             raise InvalidInput(f"{name!r} is the name of a column that dynkit adds; rename yours")
 
 
@@ -256,20 +256,21 @@ def _named(label: dict[str, Any]) -> str:
     return f"{kind} {tuple(label['shape'])}" if label["shape"] else kind
 
 
-def _as_frame(data: Any, declared: Mapping[str, Field]) -> tuple[pl.DataFrame, dict[str, Any]]:
-    """Split the input into plain columns and values that are fields."""
+def _as_frame(data: Any, declared: Mapping[str, Field], labels: Collection[str]) -> tuple[pl.DataFrame, dict[str, Any]]:
+    """Split the input into plain columns, labels of any shape among them, and values that are fields."""
     if isinstance(data, pl.DataFrame):
-        return _split(data, declared)
+        return _split(data, declared, labels)
     if isinstance(data, Mapping):
         values = {str(name): value for name, value in data.items()}
-        arrays = {name: value for name, value in values.items() if name in declared or _is_field(name, value)}
+        fields = {name for name, value in values.items() if name not in labels and _is_field(value)}
+        arrays = {name: value for name, value in values.items() if name in declared or name in fields}
         if "x" in values and "x" not in arrays and _length("x", values["x"]):
             raise InvalidInput("'x' is the field made of the feature columns; give the array 'x' two dimensions (N, F)")
         plain = {name: _as_series(name, value) for name, value in values.items() if name not in arrays}
         lengths = {name: _length(name, value) for name, value in {**plain, **arrays}.items()}
         if len(set(lengths.values())) > 1:
             raise InvalidInput(f"arrays of different lengths: {lengths}")
-        frame, more = _split(pl.DataFrame(plain), declared)
+        frame, more = _split(pl.DataFrame(plain), declared, labels)
         return frame, {**arrays, **more}
     names = [str(name) for name in getattr(data, "column_names", getattr(data, "columns", []))]  # Arrow, pandas
     doubled = sorted({name for name in names if names.count(name) > 1})
@@ -280,7 +281,7 @@ def _as_frame(data: Any, declared: Mapping[str, Field]) -> tuple[pl.DataFrame, d
             f"cannot read samples from {type(data).__name__}; pass a frame, a dict of arrays, a file or a folder"
         )
     try:
-        return _split(pl.DataFrame(data), declared)
+        return _split(pl.DataFrame(data), declared, labels)
     except ImportError as error:
         package = f"pip install {error.name or 'pyarrow'}"
         raise InvalidInput(f"{type(data).__name__} needs a package to be read: {package}") from None
@@ -288,7 +289,9 @@ def _as_frame(data: Any, declared: Mapping[str, Field]) -> tuple[pl.DataFrame, d
         raise InvalidInput(f"cannot read samples from {type(data).__name__}: {error}") from None
 
 
-def _split(frame: pl.DataFrame, declared: Mapping[str, Field]) -> tuple[pl.DataFrame, dict[str, Any]]:
+def _split(
+    frame: pl.DataFrame, declared: Mapping[str, Field], labels: Collection[str]
+) -> tuple[pl.DataFrame, dict[str, Any]]:
     """Take columns of lists, arrays and bytes out of a frame: they are fields."""
     arrays: dict[str, Any] = {}
     for name, dtype in frame.schema.items():
@@ -304,7 +307,7 @@ def _split(frame: pl.DataFrame, declared: Mapping[str, Field]) -> tuple[pl.DataF
             _refuse_nulls(flat, "field", "a sequence has no gaps")
             arrays[name] = Spans(flat.to_numpy(), series.list.len().to_numpy().astype(np.int64))
         elif isinstance(dtype, pl.Array):
-            if name not in declared and name == "label":
+            if name not in declared and name in labels:
                 continue
             _refuse_nulls(series, "field", "drop those rows")
             arrays[name] = series.to_numpy()
@@ -313,9 +316,9 @@ def _split(frame: pl.DataFrame, declared: Mapping[str, Field]) -> tuple[pl.DataF
     return frame.drop(arrays), arrays
 
 
-def _is_field(name: str, value: Any) -> bool:
+def _is_field(value: Any) -> bool:
     """Whether a value of a mapping is more than one number or text per sample."""
-    if name == "label" or isinstance(value, pl.Series):
+    if isinstance(value, pl.Series):
         return False
     if isinstance(value, Spans) or getattr(value, "is_nested", False):
         return True

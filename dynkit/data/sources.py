@@ -8,6 +8,7 @@ slices, torch datasets sample by sample, and an iterator of blocks is taken as i
 import itertools
 import os
 import stat
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
@@ -24,19 +25,33 @@ __all__ = ["IMAGE_SUFFIXES", "blocks", "progress_bar", "read_file"]
 
 BLOCK_BYTES = 32 << 20
 _BLOCK_ROWS = 250_000
+_INFERRED = 100_000  # rows that say what type a column of texts is
+_TRIED = 100  # rows that say whether texts are times
 _IMAGES_PER_BLOCK = 1024
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff")
 
 _SCANS: dict[str, Callable[..., pl.LazyFrame]] = {
     ".parquet": pl.scan_parquet,
-    ".csv": lambda path: pl.scan_csv(path, try_parse_dates=True),
-    ".tsv": lambda path: pl.scan_csv(path, separator="\t", try_parse_dates=True),
+    ".csv": lambda path: pl.scan_csv(path, try_parse_dates=True, infer_schema_length=_INFERRED),
+    ".tsv": lambda path: pl.scan_csv(path, try_parse_dates=True, infer_schema_length=_INFERRED, separator="\t"),
     ".arrow": pl.scan_ipc,
     ".feather": pl.scan_ipc,
     ".ipc": pl.scan_ipc,
-    ".ndjson": pl.scan_ndjson,
-    ".jsonl": pl.scan_ndjson,
+    ".ndjson": lambda path: _ndjson(path),
+    ".jsonl": lambda path: _ndjson(path),
 }
+
+
+def _ndjson(path: Path) -> pl.LazyFrame:
+    """Scan lines of JSON; texts that are times become times, as in CSV files."""
+    frame = pl.scan_ndjson(path, infer_schema_length=_INFERRED)
+    first = frame.head(_TRIED).collect()
+    times = []
+    for series in first.select(pl.col(pl.String)):
+        with suppress(pl.exceptions.PolarsError):
+            if series.str.to_datetime().count():
+                times.append(series.name)
+    return frame.with_columns(pl.col(times).str.to_datetime())
 
 
 def blocks(data: Any) -> tuple[Iterator[Any], int | None]:
@@ -137,8 +152,11 @@ def _path(path: Path) -> tuple[Iterator[Any], int | None]:
             raise InvalidInput(f"folder {path} has no images and no tables ({', '.join(_SCANS)})")
         return itertools.chain.from_iterable(_path(file)[0] for file in tables), None
     if path.suffix.lower() == ".npz":
-        with np.load(path, allow_pickle=False) as arrays:
-            return _mapping(dict(arrays))
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                return _mapping(dict(arrays))
+        except (OSError, ValueError, zipfile.BadZipFile) as error:
+            raise InvalidInput(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
     scan = _SCANS.get(path.suffix.lower())
     if scan is None:
         raise InvalidInput(f"{path} is no table that can be read; known are {', '.join([*_SCANS, '.npz'])}")

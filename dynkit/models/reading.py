@@ -69,40 +69,45 @@ class Reader:
         self._files.clear()
 
     def prepare(self, packs: Iterable[int]) -> None:
-        """Look up several packs at once; ones that are gone are left out."""
+        """Look up several packs at once; ones that are gone, or whose files are, are left out."""
         new = set(packs) - self._checked
-        for attempt in range(_ATTEMPTS):
+        for _ in range(_ATTEMPTS):
             with self.catalog.read() if self._connection is None else nullcontext(self._connection) as connection:
                 rows = packs_at(connection, new)
-            try:
-                for id, row in rows.items():
-                    if id not in self._packs or self._packs[id].file != row.file:
-                        self._packs[id] = read_pack(self._shelf.path(row.file), row)
-                break
-            except StorageError:
-                raise
-            except OSError as error:
-                if isinstance(error, FileNotFoundError) and attempt < _ATTEMPTS - 1:
-                    continue  # another process has just moved it
-                raise _unreadable(error, self._shelf.folder) from error
-        for id in new - rows.keys():
+            there = {id for id, row in rows.items() if self._indexed(row)}
+            if len(there) == len(rows):
+                break  # else another process may just have moved some
+        for id in new - there:
             self._packs.pop(id, None)
         self._checked |= new
 
-    def pack(self, id: int) -> Pack:
-        """Return the index of a pack."""
+    def _indexed(self, row: "sa.Row[Any]") -> bool:
+        """Read the index of a pack, unless it is known; False where its file is gone."""
+        try:
+            if row.id not in self._packs or self._packs[row.id].file != row.file:
+                self._packs[row.id] = read_pack(self._shelf.path(row.file), row)
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            raise _unreadable(error, self._shelf.folder) from error
+        return True
+
+    def known(self, id: int) -> Pack | None:
+        """Return the index of a pack, None where that or its file is gone."""
         if id not in self._checked:
             self.prepare([id])
-        try:
-            return self._packs[id]
-        except KeyError:
-            raise GoneError(f"pack {id} of model tensors is not in the catalog of {self.catalog.root}") from None
+        return self._packs.get(id)
+
+    def pack(self, id: int) -> Pack:
+        """Return the index of a pack."""
+        pack = self.known(id)
+        if pack is None:
+            raise GoneError(f"pack {id} of model tensors is gone from {self._shelf.folder}, or from the catalog")
+        return pack
 
     def find(self, ref: Ref) -> Frame | None:
         """Return how a tensor is stored, None where it is not any more."""
-        if ref[0] not in self._checked:
-            self.prepare([ref[0]])
-        pack = self._packs.get(ref[0])
+        pack = self.known(ref[0])
         return pack.frames[ref[1]] if pack is not None else None
 
     def closure(self, refs: Iterable[Ref]) -> dict[Ref, Frame | None]:

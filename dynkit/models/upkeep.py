@@ -128,10 +128,13 @@ def collect(shelf: Shelf, grace_s: float, garbage: float) -> Freed:
 def _collect_once(shelf: Shelf, garbage: float) -> int | None:
     """Free once; None when a writer came between and needs one of the tensors."""
     with shelf.catalog.read() as connection:
-        known, rows = stored(connection), packs_at(connection)
+        known, listed = stored(connection), packs_at(connection)
     with Reader(shelf) as reader:
-        reader.prepare(rows)
-        live = set(reader.closure(ref for model in known.values() for ref in model.refs.values()))
+        reader.prepare(listed)
+        rows = {id: row for id, row in listed.items() if reader.known(id) is not None}
+        needed = reader.closure(ref for model in known.values() for ref in model.refs.values())
+        live = {ref for ref, frame in needed.items() if frame is not None}
+        lost = listed.keys() - rows.keys() - {id for id, _ in needed}  # somebody removed their files; nobody needs them
         dead = {
             (id, slot)
             for id in rows
@@ -140,16 +143,18 @@ def _collect_once(shelf: Shelf, garbage: float) -> int | None:
         }
         victims = _wasteful(shelf, reader, rows, live, garbage)
         dropped = {ref for ref in dead if rows[ref[0]].file in victims}
-        if not dropped and not victims:
+        if not dropped and not victims and not lost:
             return 0
         ids = {ref: reader.frame(ref).id for ref in dead}  # a later put must not find what may lose its base
         kept = sorted({pack for pack, _ in live if rows[pack].file in victims})
 
         def also(connection: sa.Connection) -> None:
-            if _needed_by_new(shelf, connection, known, rows) & dropped:
+            if _needed_by_new(shelf, connection, known, listed) & dropped:
                 raise _OvertakenError
+            for part in batched(sorted(lost)):
+                connection.execute(sa.delete(tensors).where(tensors.c.pack.in_(part)))
             empty = [id for id in rows if rows[id].file in victims and id not in kept]
-            for part in batched(empty):
+            for part in batched([*empty, *lost]):
                 connection.execute(sa.delete(packs).where(packs.c.id.in_(part)))
             for ref, id in ids.items():
                 place = (tensors.c.pack == ref[0]) & (tensors.c.slot == ref[1])

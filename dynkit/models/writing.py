@@ -202,9 +202,9 @@ def _branches(reader: Reader, tensor: torch.Tensor, refs: Sequence[Ref]) -> list
 
 
 def _usable(reader: Reader, tensor: torch.Tensor, refs: Iterable[Ref], share: float) -> list[Ref]:
-    """Tensors that one may depend on which takes this share of its bytes itself."""
+    """Tensors that are there, and that one may depend on which takes this share of its bytes itself."""
     admits = reader.admits(tensor.nbytes)
-    return [ref for ref in refs if admits([ref], int(share * tensor.nbytes))]
+    return [ref for ref in refs if reader.find(ref) is not None and admits([ref], int(share * tensor.nbytes))]
 
 
 def bases_of(shelf: Shelf, state: Mapping[str, torch.Tensor], parents: Iterable[str]) -> dict[str, list[torch.Tensor]]:

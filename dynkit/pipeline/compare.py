@@ -92,14 +92,14 @@ class Comparison:
         return table + (self.plot().to_html() if drawable else "")
 
 
-def compare(runs: Iterable[Run], *, kind: CompositeKind = "active") -> Comparison:
+def compare(runs: Run | Iterable[Run], *, kind: CompositeKind = "active") -> Comparison:
     """Compare runs by their composite models.
 
     Means are taken over the windows that every run can answer: from the latest first active model on.
 
     Parameters
     ----------
-    runs : iterable of Run
+    runs : Run or iterable of Run
     kind : "active" or "trained"
 
     Returns
@@ -111,7 +111,7 @@ def compare(runs: Iterable[Run], *, kind: CompositeKind = "active") -> Compariso
     InvalidInput
         When there is no run.
     """
-    runs = list(runs)
+    runs = [runs] if isinstance(runs, Run) else list(runs)
     if not runs:
         raise InvalidInput("nothing to compare; pass runs: dk.compare([run_a, run_b])")
     names = [run.name for run in runs]
