@@ -428,6 +428,7 @@ def test_inline_a_failure_is_raised_and_recorded(ws: dk.Workspace, dataset: dk.D
         ({"selection": lambda pool, run, rng: pool.select("key", weight=-1.0)}, PolicyError, "negative, null or not finite"),
         ({"evaluation": dk.Evaluation(windows=lambda run: [1])}, PolicyError, "windows must return"),
         ({"evaluation": dk.Evaluation(windows=lambda run: None)}, PolicyError, "windows must return"),
+        ({"evaluation": dk.Evaluation(metrics=[lambda outputs, labels: "good"])}, PolicyError, "must return one number"),
         ({"evaluation": dk.Evaluation(windows=lambda run: [dk.Window(0, 9), dk.Window(0, 9, 3)])}, PolicyError, "two windows of the same"),
         ({"training": dk.Training(fit=lambda model, batches, context: model[0].weight.data.fill_(float("inf")))}, TrainingError, r"0\.weight of the model are not finite"),
     ],
@@ -437,6 +438,12 @@ def test_policies_that_break_their_contract_are_told(
 ) -> None:
     with pytest.raises(error, match=message):
         replayed(make_pipeline(dataset, **changes))
+
+
+def test_a_split_that_is_not_there_is_told_before_any_training(dataset: dk.Dataset) -> None:
+    with pytest.raises(NotFound, match="no split 'tset'"):
+        list(make_pipeline(dataset, evaluation=dk.Evaluation(split="tset")).replay())
+    assert not dk.Workspace(dataset.catalog.root).runs()[0].trained
 
 
 @pytest.mark.parametrize(

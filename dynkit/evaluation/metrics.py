@@ -6,6 +6,7 @@ torchmetrics loads when a score is computed: declaring must not take the second 
 Outputs are logits: (N, C) for C classes, (N,) or (N, 1) for one of two classes or a number.
 """
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 
-from dynkit.errors import InvalidInput, TrainingError, check_whole, did_you_mean
+from dynkit.errors import InvalidInput, PolicyError, TrainingError, check_whole, did_you_mean
 from dynkit.policies import as_metric, snake_case
 from dynkit.types import Metric
 
@@ -253,6 +254,9 @@ class Scores:
         whole = [torch.cat(parts) for parts in zip(*self._kept, strict=True)]
         for i, metric in enumerate(self._metrics):
             value = self._sums[i].compute() if i in self._sums else metric(*whole)
-            undefined = value is None or float(value) != float(value)
-            values[metric_name(metric)] = None if undefined or value is None else float(value)
+            try:
+                number = math.nan if value is None else float(value)
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise PolicyError(f"metric {metric_name(metric)!r} must return one number: {error}") from None
+            values[metric_name(metric)] = None if math.isnan(number) else number
         return values

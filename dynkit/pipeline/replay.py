@@ -86,6 +86,8 @@ class _Loop:
         self.pipeline = pipeline
         self.owner = owner
         self.stream = Stream(pipeline.dataset, live=owner.live)
+        if pipeline.evaluation.split is not None:  # an unknown one is an error now, not after all trainings
+            in_split(self.stream.table.head(0), self.stream.version.manifest["splits"], pipeline.evaluation.split)
         self._begin = 0  # position that the run goes on from; a live stream may have to grow up to it
         self.device = resolve_device(pipeline.training.device)
         self.selection = copy.deepcopy(pipeline.selection)
