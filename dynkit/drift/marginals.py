@@ -333,7 +333,7 @@ def _over_lines(
 
 def _area(difference: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
     """Area between the functions: the Wasserstein-1 distance."""
-    return difference[:, :-1].abs_() @ place.diff().to(difference)
+    return difference[:, :-1].abs_().to(place) @ place.diff()
 
 
 def _mean_square(difference: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
