@@ -457,6 +457,23 @@ def test_a_version_that_nobody_uses_leaves_memory_at_once(ws: dk.Workspace) -> N
         gc.enable()
 
 
+@pytest.mark.parametrize("storage", [None, "zstd"])
+def test_names_of_classes_are_erased_with_the_last_sample_that_had_them(ws: dk.Workspace, storage: str | None) -> None:
+    frame = make_frame(4).select("when", "a", label=pl.Series(["cat", "alicesecret", "dog", "bobsecret"]))
+    dataset = ws.ingest("d", frame, timestamp="when", label="label", features=["a"], compression=storage or "none")
+    dataset.delete([1])
+    dataset.label([3], ["cat"])
+    folder = ws.path / "datasets" / "d"
+    assert holds(folder, b"alicesecret") and holds(folder, b"bobsecret")
+    dataset.compact(erase=True)
+    assert not holds(folder, b"alicesecret") and not holds(folder, b"bobsecret")
+    assert dataset.table()["label"].to_list() == ["cat", "dog", "cat"]
+    assert dataset.read(dataset.keys())["label"].tolist() == [0, 2, 0]
+    dataset.append(frame)
+    assert dataset.read(dataset.keys())["label"].sort().values.tolist() == [0, 0, 0, 2, 2, 4, 5]
+    dataset.verify()
+
+
 def test_a_lock_ends_with_its_block_though_a_child_was_forked_in_it(ws: dk.Workspace) -> None:
     dataset = ws.create_dataset("d", fields={"x": ("uint8", (2,))})
     with dataset._store.writing():

@@ -360,7 +360,8 @@ def compact(store: Store, codec: str, *, erase: bool) -> int:
                     written[name] = _rewrite(store, root, old, entries, codec, level=None, fold=True)
                 made = written[name]
                 segments += [] if made is None else [made]
-            return {**old, "segments": segments, "tombstones": [], "labels": []}
+            changed = {**old, "segments": segments, "tombstones": [], "labels": []}
+            return _without_unused_classes(store, changed) if erase else changed
 
         number = commit(store, "erase" if erase else "compact", change)
         if erase:
@@ -369,6 +370,16 @@ def compact(store: Store, codec: str, *, erase: bool) -> int:
             known = {path_of(number), *(path for path, _ in files(manifest))}
             store.remove(store.orphans(known, erase=True))
         return number
+
+
+def _without_unused_classes(store: Store, manifest: Manifest) -> Manifest:
+    """Forget the names of classes that no sample has any more; the codes of the others stay."""
+    label = manifest["schema"]["label"]
+    if label is None or not label["classes"]:
+        return manifest
+    used = set(Version(store, {**manifest, "version": 0}).columns(["label"])["label"])
+    classes = [name if name in used else f"erased {code}" for code, name in enumerate(label["classes"])]
+    return {**manifest, "schema": {**manifest["schema"], "label": {**label, "classes": classes}}}
 
 
 def _groups(version: Version) -> list[list[tuple[Entry, bool]]]:
