@@ -313,3 +313,12 @@ def test_models_are_compared_with_their_scores(ws: dk.Workspace, dataset: dk.Dat
     assert diff.layers == ["0", "2"]
     assert diff.structure is not None and diff.structure.divergence == 0
     assert "4 changed" in repr(diff) and "accuracy" in diff._repr_html_()
+
+
+def test_a_merge_that_gives_its_base_again_leaves_the_base_the_base(ws: dk.Workspace) -> None:
+    base = ws.lineage.add({"w": torch.ones(4)})
+    left, right = (ws.lineage.add({"w": torch.ones(4) + change}, parents=[base]) for change in (0.5, -0.5))
+    before = repr(ws.lineage.merge(left, right))
+    assert ws.lineage.merge(left, right, operator=dk.lineage.Mean()).model == base
+    assert ws.lineage.common_ancestor(left, right) == base
+    assert repr(ws.lineage.merge(left, right)) == before

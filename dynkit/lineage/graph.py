@@ -69,11 +69,10 @@ def versions(connection: sa.Connection, model: str) -> list[str]:
 
 def common_ancestor(connection: sa.Connection, a: str, b: str) -> str | None:
     """Return the newest model that both come from and that no other such model comes from; itself counts."""
-    common = set.intersection(*({model, *reachable(connection, [model], up=True, kinds=KINDS)} for model in (a, b)))
-    if not common:
-        return None
-    inner = {parent for parent, child in all_edges(connection, within=common) if parent != child}
-    return in_order(connection, common - inner or common)[-1]
+    graph = above(connection, {a, b})
+    common = set.intersection(*({model, *nx.ancestors(graph, model)} for model in (a, b)))
+    last = {model for model in common if common.isdisjoint(graph.successors(model))}
+    return in_order(connection, last)[-1] if last else None
 
 
 def in_order(connection: sa.Connection, some: Collection[str], kinds: Collection[str] = KINDS) -> list[str]:
