@@ -440,6 +440,8 @@ def test_versions_without_a_common_sample_differ_in_all(ws: dk.Workspace) -> Non
     assert (len(found.added), len(found.removed), len(found.relabeled)) == (2, 0, 0)
     with pytest.raises(InvalidInput, match="2 keys and 0 labels"):
         dataset.label([0, 1], [])
+    with pytest.raises(InvalidInput, match="labels=1 is a single value"):
+        dataset.label([0, 1], 1)
 
 
 def test_a_version_that_nobody_uses_leaves_memory_at_once(ws: dk.Workspace) -> None:

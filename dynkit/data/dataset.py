@@ -216,6 +216,8 @@ class Dataset:
         if known is None:
             raise InvalidInput(f"dataset {self.name!r} has no label; make it with label=...")
         keys = as_keys(keys)
+        if not hasattr(labels, "__len__"):
+            raise InvalidInput(f"labels={labels!r} is a single value; give one for each key")
         values = pl.Series("label", labels.detach().cpu().numpy() if hasattr(labels, "detach") else labels)
         if len(values) != len(keys):
             raise InvalidInput(f"{len(keys)} keys and {len(values)} labels")

@@ -10,7 +10,7 @@ import torch
 
 from dynkit.catalog import Catalog
 from dynkit.data import Dataset, as_keys
-from dynkit.errors import InvalidInput
+from dynkit.errors import InvalidInput, StorageError
 from dynkit.lineage import (
     adding,
     bisection,
@@ -146,7 +146,10 @@ class Lineage:
 
     def save(self, path: str | Path) -> None:
         """Write the graph as GraphML (``.graphml``), JSON (``.json``) or a Mermaid chart (``.mmd``)."""
-        export.save(self.to_networkx(), Path(path))
+        try:
+            export.save(self.to_networkx(), Path(path))
+        except OSError as error:
+            raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
 
     # ---- what people add ----
 
