@@ -264,9 +264,11 @@ def test_labels_of_several_numbers_may_have_any_name(ws: dk.Workspace) -> None:
 
 
 def test_what_cannot_be_a_file_or_a_column_is_told(ws: dk.Workspace, tmp_path: Path) -> None:
-    (tmp_path / "b.npz").write_bytes(b"hello")
-    with pytest.raises(InvalidInput, match=r"b.npz cannot be read"):
-        ws.ingest("z", tmp_path / "b.npz", timestamp="when")
+    for name in ("b.npz", "b.ndjson", "b.parquet", "b.arrow"):
+        for content in (b"hello\n", b""):
+            (tmp_path / name).write_bytes(content)
+            with pytest.raises(InvalidInput, match=f"{name} cannot be read"):
+                ws.ingest("z", tmp_path / name, timestamp="when")
     for name in ("key", "timestamp", "x"):
         with pytest.raises(InvalidInput, match=f"column '{name}' would be there twice"):
             ws.create_dataset("d", fields={"x": "float32"}, columns={name: "int64"})

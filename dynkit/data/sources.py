@@ -127,12 +127,19 @@ def _sliced(frame: pl.DataFrame, rows: int, size_bytes: int) -> tuple[Iterator[A
 def _lazy(frame: pl.LazyFrame, name: str) -> tuple[Iterator[Any], int | None]:
 
     def collect() -> Iterator[pl.DataFrame]:
-        try:
+        with _reading(name):
             yield from (one for one in frame.collect_batches(chunk_size=_BLOCK_ROWS, maintain_order=True) if one.height)
-        except (OSError, pl.exceptions.PolarsError) as error:
-            raise InvalidInput(f"{name} cannot be read: {str(error).splitlines()[0]}") from error
 
     return collect(), None
+
+
+@contextmanager
+def _reading(name: str) -> Iterator[None]:
+    """Say of what cannot be read what it is."""
+    try:
+        yield
+    except (EOFError, OSError, ValueError, zipfile.BadZipFile, pl.exceptions.PolarsError) as error:
+        raise InvalidInput(f"{name} cannot be read: {str(error).splitlines()[0]}") from error
 
 
 def _path(path: Path) -> tuple[Iterator[Any], int | None]:
@@ -152,15 +159,13 @@ def _path(path: Path) -> tuple[Iterator[Any], int | None]:
             raise InvalidInput(f"folder {path} has no images and no tables ({', '.join(_SCANS)})")
         return itertools.chain.from_iterable(_path(file)[0] for file in tables), None
     if path.suffix.lower() == ".npz":
-        try:
-            with np.load(path, allow_pickle=False) as arrays:
-                return _mapping(dict(arrays))
-        except (OSError, ValueError, zipfile.BadZipFile) as error:
-            raise InvalidInput(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+        with _reading(str(path)), np.load(path, allow_pickle=False) as arrays:
+            return _mapping(dict(arrays))
     scan = _SCANS.get(path.suffix.lower())
     if scan is None:
         raise InvalidInput(f"{path} is no table that can be read; known are {', '.join([*_SCANS, '.npz'])}")
-    return _lazy(scan(path), str(path))
+    with _reading(str(path)):
+        return _lazy(scan(path), str(path))
 
 
 def read_file(folder: Path, file: str) -> Iterator[Any]:
