@@ -59,8 +59,10 @@ class Scored(Balanced):
         """
         if self.balance:
             raise InvalidInput(f"balance=True needs the whole pool; give the training {type(self).__name__} without it")
-        least = min(2, len(scores))  # layers that normalise over a batch cannot train on one
-        return _RULES[self.kind](scores, max(self._of(len(scores)), least), rng)
+        n = self._of(len(scores))
+        if self.fraction is not None:
+            n = max(n, min(2, len(scores)))  # layers that normalise over a batch cannot train on one
+        return _RULES[self.kind](scores, n, rng)
 
 
 @dataclass(frozen=True)
