@@ -9,7 +9,7 @@ from pathlib import Path
 
 __all__ = ["flush", "flush_tree", "locked", "read_at"]
 
-_POLL_S = 0.1
+_POLL_S = 0.01
 
 
 def flush(*paths: Path) -> None:
@@ -28,7 +28,7 @@ def flush_tree(folder: Path) -> None:
 
 
 @contextmanager
-def locked(path: Path, waiting: Callable[[], None]) -> Iterator[None]:
+def locked(path: Path, waiting: Callable[[], None] = lambda: None, *, shared: bool = False) -> Iterator[None]:
     """Hold a lock that one process at a time can have; it is free again when that process ends, however it does.
 
     Parameters
@@ -37,12 +37,14 @@ def locked(path: Path, waiting: Callable[[], None]) -> Iterator[None]:
         The lock's file.
     waiting : callable
         Called again and again while another process has it; may raise.
+    shared : bool
+        Several may have it that only want to share it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab") as file:
         while True:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
                 waiting()

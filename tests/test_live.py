@@ -219,18 +219,24 @@ def test_a_stateful_trigger_goes_on_in_a_live_run(ws: dk.Workspace) -> None:
     assert positions == [130, 260, 390, 520, 650]
 
 
-def test_a_run_that_skipped_a_trigger_goes_on(ws: dk.Workspace) -> None:
-    frame = make_frame(600).with_columns(late=pl.when(pl.int_range(pl.len()) >= 150).then("late"))
-    dataset = ws.ingest("s", frame, timestamp="when", label="late", features=["a", "b", "c"])
-    pipeline = make_pipeline(dataset, trigger=dk.triggers.Amount(100), training=dk.Training(batch_size=64))
+def continued(ws: dk.Workspace, pipeline: dk.Pipeline) -> dk.Run:
+    """Interrupt a run after its third training, and let it finish."""
     events = pipeline.replay()
     for event in events:
         if event.kind == "trained" and event.data["index"] == 2:
             break
-    events.close()
+    events.close()  # type: ignore[attr-defined]
     run = ws.run(event.run)
     run.resume()
     assert run.wait(60) == "finished"
+    return run
+
+
+def test_a_run_that_skipped_a_trigger_goes_on(ws: dk.Workspace) -> None:
+    frame = make_frame(600).with_columns(late=pl.when(pl.int_range(pl.len()) >= 150).then("late"))
+    dataset = ws.ingest("s", frame, timestamp="when", label="late", features=["a", "b", "c"])
+    pipeline = make_pipeline(dataset, trigger=dk.triggers.Amount(100), training=dk.Training(batch_size=64))
+    run = continued(ws, pipeline)
     assert [one.position for one in run.trained] == [200, 300, 400, 500, 600]
 
 
@@ -239,14 +245,7 @@ def test_a_trigger_for_which_nothing_is_chosen_is_skipped_also_on_continuing(ws:
     frame = make_frame(600).with_columns(late=pl.when((row < 150) | (row >= 420)).then("late"))
     dataset = ws.ingest("s", frame, timestamp="when", label="late", features=["a", "b", "c"])
     pipeline = make_pipeline(dataset, trigger=dk.triggers.Amount(100), selection=dk.selection.New())
-    events = pipeline.replay()
-    for event in events:
-        if event.kind == "trained" and event.data["index"] == 2:
-            break
-    events.close()
-    run = ws.run(event.run)
-    run.resume()
-    assert run.wait(60) == "finished"
+    run = continued(ws, pipeline)
     assert [one.position for one in run.trained] == [100, 200, 500, 600]
     skipped = [event.data for event in run.events() if event.kind == "skipped"]
     assert [(one["position"], one["reason"]) for one in skipped] == [

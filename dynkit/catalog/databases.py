@@ -8,7 +8,6 @@ same advisory lock, and sees all that was committed before. Readers never wait; 
 lives as long as its transaction, so that a process may fork, or be killed, at any time.
 """
 
-import fcntl
 import re
 import sqlite3
 import time
@@ -21,6 +20,7 @@ from typing import Any, Protocol
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
+from dynkit.disk import locked
 from dynkit.errors import InvalidInput, StorageError
 
 __all__ = ["Database", "PostgreSQL", "SQLite", "insert_missing", "upsert"]
@@ -93,13 +93,8 @@ class SQLite:
     @contextmanager
     def alone(self, engine: sa.Engine, folder: Path) -> Iterator[None]:
         """See `Database`."""
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / ".lock").open("ab") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            try:
-                yield
-            finally:
-                fcntl.flock(lock, fcntl.LOCK_UN)  # also for children that were forked meanwhile
+        with locked(folder / ".lock"):
+            yield
 
 
 def _configure_sqlite(connection: Any, record: Any) -> None:

@@ -131,12 +131,15 @@ class Field:
         """
         if self.kind == "image":
             return _spans([_encoded(name, image) for image in value], np.uint8)
-        if isinstance(value, Spans) and value.values.dtype != self.stored_dtype:
-            raise InvalidInput(f"field {name!r} holds {self.dtype}, the new samples {value.values.dtype}; cast them")
-        if self.kind == "bytes" and not isinstance(value, Spans):
+        if isinstance(value, Spans):
+            if value.values.dtype != self.stored_dtype:
+                raise InvalidInput(
+                    f"field {name!r} holds {self.dtype}, the new samples {value.values.dtype}; cast them"
+                )
+            if self.varies:
+                return value
+        if self.kind == "bytes":
             return _spans([np.frombuffer(bytes(one), np.uint8) for one in value], np.uint8)
-        if isinstance(value, Spans) and self.varies:
-            return value
         if self.kind == "sequence":
             if isinstance(value, torch.Tensor) and value.is_nested:
                 value = value.unbind()

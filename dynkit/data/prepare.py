@@ -343,9 +343,7 @@ def _as_series(name: str, value: Any) -> pl.Series:
     if isinstance(value, list | tuple) and value and not hasattr(value[0], "__len__"):
         return pl.Series(name, value)  # of datetimes, say
     if isinstance(value, np.ma.MaskedArray):
-        known = pl.Series(~np.broadcast_to(value.mask, value.shape))
-        series = _as_series(name, value.data)
-        return series.zip_with(known, pl.Series([None], dtype=series.dtype).new_from_index(0, len(series)))
+        return _as_series(name, value.data).scatter(np.flatnonzero(np.ma.getmaskarray(value)), None)
     array = np.asarray(value.detach().cpu() if hasattr(value, "detach") else value)
     if array.ndim == 0:
         raise InvalidInput(f"{name!r} is a single value, not one per sample")

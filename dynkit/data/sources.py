@@ -12,6 +12,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +31,6 @@ _TRIED = 100  # rows that say whether texts are times
 _IMAGES_PER_BLOCK = 1024
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff")
 
-_SCANS: dict[str, Callable[..., pl.LazyFrame]] = {
-    ".parquet": pl.scan_parquet,
-    ".csv": lambda path: pl.scan_csv(path, try_parse_dates=True, infer_schema_length=_INFERRED),
-    ".tsv": lambda path: pl.scan_csv(path, try_parse_dates=True, infer_schema_length=_INFERRED, separator="\t"),
-    ".arrow": pl.scan_ipc,
-    ".feather": pl.scan_ipc,
-    ".ipc": pl.scan_ipc,
-    ".ndjson": lambda path: _ndjson(path),
-    ".jsonl": lambda path: _ndjson(path),
-}
-
 
 def _ndjson(path: Path) -> pl.LazyFrame:
     """Scan lines of JSON; texts that are times become times, as in CSV files."""
@@ -52,6 +42,19 @@ def _ndjson(path: Path) -> pl.LazyFrame:
             if series.str.to_datetime().count():
                 times.append(series.name)
     return frame.with_columns(pl.col(times).str.to_datetime())
+
+
+_csv = partial(pl.scan_csv, try_parse_dates=True, infer_schema_length=_INFERRED)
+_SCANS: dict[str, Callable[..., pl.LazyFrame]] = {
+    ".parquet": pl.scan_parquet,
+    ".csv": _csv,
+    ".tsv": partial(_csv, separator="\t"),
+    ".arrow": pl.scan_ipc,
+    ".feather": pl.scan_ipc,
+    ".ipc": pl.scan_ipc,
+    ".ndjson": _ndjson,
+    ".jsonl": _ndjson,
+}
 
 
 def blocks(data: Any) -> tuple[Iterator[Any], int | None]:

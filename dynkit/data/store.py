@@ -6,7 +6,6 @@ fetched. Everything above sees folders only.
 """
 
 import contextlib
-import fcntl
 import math
 import os
 import secrets
@@ -21,7 +20,7 @@ from typing import Any, Protocol
 
 from blake3 import blake3
 
-from dynkit.disk import flush
+from dynkit.disk import flush, locked
 from dynkit.errors import Conflict, DynkitError, StorageError
 
 __all__ = ["ORPHAN_AGE_S", "Folder", "Remote", "Store", "open_store", "storage_errors"]
@@ -121,7 +120,15 @@ class Folder:
         """See `Store`; the folder itself, because nobody sees files that no version refers to."""
         for sub in ("versions", "segments", "tombstones", "labels", "sources"):
             (self.root / sub).mkdir(parents=True, exist_ok=True)
-        with self._lock(fcntl.LOCK_EX if alone else fcntl.LOCK_SH):
+        end_s = time.monotonic() + _LOCK_WAIT_S
+
+        def waiting() -> None:
+            if time.monotonic() > end_s:
+                raise Conflict(
+                    f"another process has been writing to {self.root} for {_LOCK_WAIT_S:.0f} s; try again later"
+                )
+
+        with locked(self.root / ".lock", waiting, shared=not alone):
             yield self.root
 
     def keep(self, root: Path, paths: Iterable[str]) -> None:
@@ -129,25 +136,6 @@ class Folder:
         files = [root / path for path in paths]
         folders = {folder for file in files for folder in file.parents if root in folder.parents}
         flush(*files, *sorted(folders, reverse=True))
-
-    @contextmanager
-    def _lock(self, kind: int) -> Iterator[None]:
-        with (self.root / ".lock").open("ab") as lock:
-            end_s = time.monotonic() + _LOCK_WAIT_S
-            while True:
-                try:
-                    fcntl.flock(lock, kind | fcntl.LOCK_NB)  # ends with the process, however it ends
-                    break
-                except BlockingIOError:
-                    if time.monotonic() > end_s:
-                        raise Conflict(
-                            f"another process has been writing to {self.root} for {_LOCK_WAIT_S:.0f} s; try again later"
-                        ) from None
-                    time.sleep(0.01)
-            try:
-                yield
-            finally:
-                fcntl.flock(lock, fcntl.LOCK_UN)  # also for children that were forked meanwhile
 
     def orphans(self, known: set[str], *, erase: bool = False) -> list[str]:
         """See `Store`."""

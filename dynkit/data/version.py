@@ -44,6 +44,7 @@ class Version:
         self.manifest = manifest
         self.number: int = manifest["version"]
         self.segments: list[dict[str, Any]] = manifest["segments"]
+        self._local = partial(_local, store, self.number)  # no method: what keeps it would keep the version
         self.rows = sum(int(entry["rows"]) for entry in self.segments)
         self.rows -= sum(int(entry["rows"]) for entry in manifest["tombstones"])
         self.stored_fields = stored_fields(self.schema)
@@ -141,9 +142,6 @@ class Version:
         """Read a small table of the manifest: tombstones, labels or sources."""
         return read_index(self._local(f"{kind}/{entry['id']}.arrow"))
 
-    def _local(self, path: str) -> Path:
-        return _local(self.store, self.number, path)
-
     # ---- samples ----
 
     def rows_of(self, keys: IntArray) -> IntArray:
@@ -222,7 +220,7 @@ class Version:
                 rows=layout["rows"],
                 chunk_rows=layout["chunk_rows"],
                 codec=layout["codec"],
-                file=partial(_local, self.store, self.number, shard_file(entry, array)),  # without the version itself
+                file=partial(self._local, shard_file(entry, array)),
             )
             for entry, layout, first in zip(self.segments, layouts, firsts.tolist(), strict=False)
         ]

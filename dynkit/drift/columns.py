@@ -225,10 +225,8 @@ def _bins(x: Numbers, y: Numbers) -> tuple[Numbers, Numbers]:
 def quantile_edges(x: Numbers) -> Numbers:
     """Upper edges of bins between the quantiles of sorted values; the last bin has none."""
     quantiles = np.quantile(x, np.arange(1, BINS) / BINS)
-    if x.dtype.kind == "f":
-        quantiles = quantiles.astype(
-            x.dtype
-        )  # else what is next to a value would not be next to it in single precision
+    if x.dtype.kind == "f":  # what is next to a value differs from one precision to another
+        quantiles = quantiles.astype(x.dtype)
     edges, times = np.unique(quantiles, return_counts=True)
     often = edges[(times > 1) | (edges == x[0])]  # a value this frequent has a bin of its own
     return np.unique(np.concatenate([edges, np.nextafter(often, -np.inf)]))

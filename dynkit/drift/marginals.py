@@ -93,7 +93,8 @@ class Wasserstein:
 
     def __call__(self, reference: torch.Tensor, current: torch.Tensor) -> float:
         """Mean distance of the columns of two sets (N, D), (M, D)."""
-        return self.tested(reference, current, 0, np.random.default_rng(0)).score
+        rng = np.random.default_rng(0)
+        return self._score(*(sampled(part, self.rows, rng) for part in (reference, current)))
 
     def tested(
         self, reference: torch.Tensor, current: torch.Tensor, permutations: int, rng: np.random.Generator
@@ -101,10 +102,14 @@ class Wasserstein:
         """Score the sets, and permutations of their rows."""
         x, y = (sampled(part, self.rows, rng) for part in (reference, current))
         pooled = torch.cat([x, y])
-        score = _over_lines(_scaled(pooled, x), len(x), 0, rng, _area, torch.add) / x.shape[1]
         # Spreads of one side would treat the sides differently, which permutations do not; those of both are fair.
         scores = _over_lines(_scaled(pooled, pooled), len(x), permutations, rng, _area, torch.add)
-        return Tested(float(score), *against_null(scores.cpu().numpy())[1:])
+        return Tested(self._score(x, y), *against_null(scores.cpu().numpy())[1:])
+
+    def _score(self, x: torch.Tensor, y: torch.Tensor) -> float:
+        scaled = _scaled(torch.cat([x, y]), x)
+        score = _over_lines(scaled, len(x), 0, np.random.default_rng(0), _area, torch.add) / x.shape[1]
+        return against_null(score.cpu().numpy()).score
 
 
 @dataclass(frozen=True)

@@ -248,14 +248,7 @@ def points(samples: Any, name: str) -> torch.Tensor:
         raise InvalidInput(f"{name} has shape {tuple(tensor.shape)}; at least two samples of a number each are needed")
     if tensor.is_complex():
         raise InvalidInput(f"{name} is complex; compare its real and imaginary parts as columns")
-    wide = tensor.dtype in (
-        torch.float64,
-        torch.int32,
-        torch.int64,
-        torch.uint32,
-        torch.uint64,
-    )  # float32 has not the digits
-    tensor = tensor.to(torch.float64 if wide else torch.float32).reshape(len(tensor), -1)
+    tensor = tensor.to(torch.float64 if tensor.dtype in _WIDE else torch.float32).reshape(len(tensor), -1)
     bad = int((~torch.isfinite(tensor)).any(1).sum())
     if bad:
         raise InvalidInput(f"{bad} samples of {name} have NaN or infinite numbers; fill or drop them first")
@@ -361,6 +354,8 @@ class _Covered:
     def extended(self, more: torch.Tensor) -> "_Covered":
         return _Covered(self.metric, torch.cat([self.reference, more]))
 
+
+_WIDE = (torch.float64, torch.int32, torch.int64, torch.uint32, torch.uint64)  # float32 has not their digits
 
 METRICS: dict[str, type[Any]] = {
     "mmd": MMD,

@@ -156,9 +156,10 @@ def _collect_once(shelf: Shelf, garbage: float) -> int | None:
             empty = [id for id in rows if rows[id].file in victims and id not in kept]
             for part in batched([*empty, *lost]):
                 connection.execute(sa.delete(packs).where(packs.c.id.in_(part)))
-            for ref, id in ids.items():
-                place = (tensors.c.pack == ref[0]) & (tensors.c.slot == ref[1])
-                connection.execute(sa.delete(tensors).where((tensors.c.key == key_of(id)) & place))
+            if ids:
+                named = [column == sa.bindparam(f"of_{column.name}") for column in tensors.c]
+                rows_of = [{"of_key": key_of(id), "of_pack": ref[0], "of_slot": ref[1]} for ref, id in ids.items()]
+                connection.execute(sa.delete(tensors).where(*named), rows_of)
             connection.execute(sa.delete(layouts).where(layouts.c.id.not_in(sa.select(models.c.layout))))
 
         try:

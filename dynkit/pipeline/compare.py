@@ -95,7 +95,8 @@ class Comparison:
 def compare(runs: Run | Iterable[Run], *, kind: CompositeKind = "active") -> Comparison:
     """Compare runs by their composite models.
 
-    Means are taken over the windows that every run can answer: from the latest first active model on.
+    Means are taken over the windows that every run can answer: from the latest first active model on, up to the end of
+    the run that ends first.
 
     Parameters
     ----------

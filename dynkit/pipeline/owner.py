@@ -22,6 +22,7 @@ from dynkit.catalog import Catalog, insert_missing
 from dynkit.data import Dataset
 from dynkit.errors import Conflict, DynkitError
 from dynkit.evaluation.matrix import Scored, rows_of
+from dynkit.lineage.rebuilding import version_of
 from dynkit.models import ModelStore
 from dynkit.pipeline.process import identity
 from dynkit.types import Event, Trained, Window
@@ -142,12 +143,9 @@ class Owner:
 
     @property
     def dataset(self) -> Dataset:
-        """The dataset at the run's version; of a live run the newest one, where that was erased meanwhile."""
+        """The dataset at the run's version; of a live run at the one after it, where that was erased meanwhile."""
         name, number = self._dataset
-        growing = Dataset(self.catalog, name)
-        if self.live and number not in [version.number for version in growing.versions()]:
-            return growing.at(growing.version)
-        return Dataset(self.catalog, name, number)
+        return version_of(Dataset(self.catalog, name), number) if self.live else Dataset(self.catalog, name, number)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
