@@ -96,6 +96,7 @@ def bad(**changes: object) -> pl.DataFrame:
         (bad(none=None), {"features": ["a"]}, "column 'none' is Null"),
         (bad(price=pl.lit("1.5").str.to_decimal(scale=2)), {"features": ["a"]}, "column 'price' is Decimal"),
         ({"when": [START], "x": np.zeros((1, 2), dtype=np.longdouble), "late": [1]}, {}, "fields hold booleans"),
+        (bad(late=pl.lit(-100)), {}, "label column 'late' has the number -100, which in a batch means"),
         (bad(), {"timestamp": "wen"}, "no column 'wen' in the data; did you mean 'when'"),
         (bad(), {"label": "lat"}, "no column 'lat' in the data; did you mean 'late'"),
         (bad(), {"features": ["a", "a"]}, "must be a list of different column names"),
@@ -187,6 +188,28 @@ def test_appending_other_columns_is_refused(dataset: dk.Dataset, frame: pl.DataF
     with pytest.raises(InvalidInput, match=message):
         dataset.append(frame)
     assert dataset.version == 1
+
+
+def test_what_a_field_cannot_hold_is_refused(ws: dk.Workspace) -> None:
+    dataset = ws.create_dataset("d", fields={"x": ("float16", (2,)), "y": "float32"})
+    good = {"x": [[1.0, float("inf")]], "y": np.ones(1, np.float32), "timestamp": [1]}
+    for wrong, message in [
+        ({"x": [[1e9, 1.0]]}, "field 'x' holds float16, the new samples float64 that do not fit"),
+        ({"y": pl.Series([None], dtype=pl.Float32)}, "field column 'y' has 1 null values"),
+        ({"timestamp": np.array([2**63], np.uint64)}, "times outside the years 1677 to 2262"),
+    ]:
+        with pytest.raises(InvalidInput, match=message):
+            dataset.append(**{**good, **wrong})
+    assert dataset.append(**good).tolist() == [0]
+
+
+@pytest.mark.parametrize("dtype", [pl.Datetime("us"), pl.Datetime("ms", "Europe/Paris"), pl.Duration("ns"), pl.Date])
+def test_a_column_of_times_may_have_no_value_for_a_while(ws: dk.Workspace, dtype: pl.DataType) -> None:
+    frame = make_frame(10).with_columns(seen=pl.lit(86_400_000).cast(dtype))
+    dataset = ws.ingest("s", frame, timestamp="when", label="late", features=["a"])
+    dataset.append(frame.with_columns(seen=None))
+    assert dataset.table()["seen"].dtype == dtype
+    assert dataset.table()["seen"].null_count() == 10
 
 
 def test_keys_that_are_not_there_are_named(dataset: dk.Dataset) -> None:

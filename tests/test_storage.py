@@ -16,8 +16,9 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import dynkit as dk
+from dynkit.data import arrays, mapping, shards
 from dynkit.data import batches as batches_module
-from dynkit.data import mapping, shards
+from dynkit.data import version as version_module
 from dynkit.data.shards import ArrayWriter, write_group
 from dynkit.errors import Conflict, InvalidInput, NotFound, StorageError
 
@@ -284,6 +285,22 @@ def test_the_way_of_reading_follows_from_the_data(ws: dk.Workspace) -> None:
         dataset.batches([200_000])
 
 
+def test_the_decoded_chunks_of_all_fields_share_one_cache(ws: dk.Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "CHUNK_BYTES", 1200)
+    monkeypatch.setattr(version_module, "CACHE_BYTES", 2400)  # two chunks, whichever field they are of
+    decoded = []
+    decode = shards.decode_chunk
+    monkeypatch.setattr(arrays, "decode_chunk", lambda *args: decoded.append(args[2].nbytes) or decode(*args))
+    dataset = ws.create_dataset("d", fields={"x": ("uint8", (12,)), "y": ("int32", (3,))}, compression="zstd")
+    dataset.append(x=np.ones((300, 12), np.uint8), y=np.ones((300, 3), np.int32), timestamp=np.arange(300))
+    counts = []
+    for field, key in [("x", 0), ("y", 0), ("x", 1), ("y", 100), ("x", 2), ("y", 1), ("y", 101)]:
+        dataset.read([key], [field])
+        counts.append(len(decoded))
+    assert set(decoded) == {1200}
+    assert counts == [1, 2, 2, 3, 3, 4, 5]  # what was not used for longest makes room
+
+
 def test_a_batch_that_is_kept_stays_as_it_was(ws: dk.Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batches_module, "_SUPER_BATCH_BYTES", 4000)  # memory is used again many times
     dataset = filled(ws, rows=20_000)
@@ -348,6 +365,9 @@ def test_a_torch_dataset_gives_every_sample_once_to_workers_and_ranks(ws: dk.Wor
     assert sorted(x for part in seen for x in part) == list(range(1000))
     assert max(map(len, seen)) - min(map(len, seen)) <= 1
     assert seen[0] != sorted(seen[0])
+    alone = [batch["x"][:, 0].tolist() for batch in DataLoader(ranks[0], batch_size=None)]
+    assert [x for batch in alone for x in batch] == seen[0]  # the same batches in the same order
+    assert len(alone) == len(ranks[0])
     assert {len(dataset.torch(rank=rank, world_size=3, drop_last=True)) for rank in range(3)} == {333}
     with pytest.raises(InvalidInput, match="rank=3 must be in 0 to world_size - 1 = 2"):
         dataset.torch(rank=3, world_size=3)

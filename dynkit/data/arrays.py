@@ -22,7 +22,7 @@ from dynkit.disk import read_at
 from dynkit.errors import StorageError
 from dynkit.time import IntArray
 
-__all__ = ["ArraySegment", "Decoded", "Mapped", "Memory", "take_rows", "take_stored"]
+__all__ = ["ArraySegment", "Chunks", "Decoded", "Mapped", "Memory", "take_rows", "take_stored"]
 
 _PIECE_BYTES = 1 << 20  # copied without the interpreter's lock; less is over before a second thread has begun
 _SPARES = 4  # arrays of one name: two with the reader, two ahead
@@ -112,29 +112,56 @@ class Mapped:
             self._lazy.discard(i)
 
 
+class Chunks:
+    """Decoded chunks of all arrays of a version that are kept for the next call: the last used, up to so many bytes."""
+
+    def __init__(self, size_bytes: int) -> None:
+        self._left = size_bytes
+        self._chunks: OrderedDict[tuple[str, int], Array] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, array: str, number: int) -> Array | None:
+        """Return a chunk of an array."""
+        with self._lock:
+            chunk = self._chunks.get((array, number))
+            if chunk is not None:
+                self._chunks.move_to_end((array, number))
+            return chunk
+
+    def put(self, array: str, number: int, chunk: Array) -> None:
+        """Keep a chunk, in place of the ones not used for longest."""
+        with self._lock:
+            if (array, number) in self._chunks:
+                return  # another thread was faster
+            self._chunks[array, number] = chunk
+            self._left -= chunk.nbytes
+            while self._left < 0:
+                self._left += self._chunks.popitem(last=False)[1].nbytes
+
+
 class Decoded:
     """Rows of compressed segments.
 
     Parameters
     ----------
+    array : str
+        Its name.
     segments : sequence of ArraySegment
         In the order of their rows.
     row_bytes : int
-    cache_bytes : int
-        Most memory for decoded chunks that are kept.
+    kept : Chunks
     """
 
-    def __init__(self, segments: Sequence[ArraySegment], row_bytes: int, cache_bytes: int) -> None:
+    def __init__(self, array: str, segments: Sequence[ArraySegment], row_bytes: int, kept: Chunks) -> None:
+        self._array = array
         self._segments = segments
         self.row_bytes = row_bytes
-        self._cache_bytes = cache_bytes
+        self._kept = kept
         self._firsts = np.array([segment.first_row for segment in segments], dtype=np.int64)
         self._chunk_rows = np.array([segment.chunk_rows for segment in segments], dtype=np.int64)
         chunks = [-(-segment.rows // segment.chunk_rows) for segment in segments]
         self._first_chunks = np.cumsum([0, *chunks], dtype=np.int64)
         self._indexes: dict[int, Array] = {}
-        self._kept: OrderedDict[int, Array] = OrderedDict()
-        self._lock = threading.Lock()
 
     def chunks_of(self, rows: IntArray) -> tuple[IntArray, IntArray]:
         """Chunk of each row, numbered across segments, and the row's place in it."""
@@ -179,7 +206,7 @@ class Decoded:
 
     def _fill(self, chunk: int, within: IntArray, out: Array, keep: bool) -> None:
         """Put these rows of a chunk into `out`."""
-        decoded = self._kept.get(chunk)
+        decoded = self._kept.get(self._array, chunk)
         if decoded is None:
             segment = int(np.searchsorted(self._first_chunks, chunk, side="right")) - 1
             rows = int(self._chunk_rows[segment])
@@ -193,17 +220,11 @@ class Decoded:
                 decode_chunk(self._segments[segment].codec, data, decoded.reshape(-1))
             except (OSError, RuntimeError, ValueError) as error:
                 raise StorageError(f"a chunk of {path} cannot be decoded: {error}") from error
-            if keep and self._cache_bytes:
-                self._keep(chunk, decoded.copy() if whole else decoded)
+            if keep:
+                self._kept.put(self._array, chunk, decoded.copy() if whole else decoded)
             if whole:
                 return
         np.take(decoded, within, axis=0, out=out, mode="clip")
-
-    def _keep(self, chunk: int, decoded: Array) -> None:
-        with self._lock:
-            self._kept[chunk] = decoded
-            while len(self._kept) * decoded.nbytes > self._cache_bytes:
-                self._kept.popitem(last=False)
 
     def _open(self, segment: int) -> Array:
         """Read the index of a segment's shard."""

@@ -255,9 +255,13 @@ def _record(name: str, dtype: np.dtype[Any]) -> Field:
 
 def _cast(name: str, array: Array, dtype: np.dtype[Any]) -> Array:
     """Convert Python's numbers to a field's type, if that loses nothing but precision."""
-    cast: Array = array.astype(dtype)
-    whole = dtype.kind in "iub" and array.dtype.kind in "iub"
-    if (not whole and not np.can_cast(array.dtype, dtype, "same_kind")) or (whole and not np.array_equal(cast, array)):
+    with np.errstate(over="ignore"):
+        cast: Array = array.astype(dtype)
+    if dtype.kind in "iub" and array.dtype.kind in "iub":
+        fits = np.array_equal(cast, array)
+    else:
+        fits = np.can_cast(array.dtype, dtype, "same_kind") and np.array_equal(np.isinf(cast), np.isinf(array))
+    if not fits:
         raise InvalidInput(f"field {name!r} holds {dtype}, the new samples {array.dtype} that do not fit")
     return cast
 

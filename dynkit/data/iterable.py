@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
@@ -26,7 +27,7 @@ class IterableSamples(IterableDataset[Batch]):
     keys : (N,) int64
     batch_size : int or None
         None yields single samples, for ``DataLoader(samples, batch_size=64)``. A number yields batches, much faster,
-        for ``DataLoader(samples, batch_size=None)``.
+        for ``DataLoader(samples, batch_size=None)``, the same ones in the same order with any number of workers.
     shuffle : bool
         A new order for each `set_epoch`.
     seed : int
@@ -116,5 +117,5 @@ class IterableSamples(IterableDataset[Batch]):
                 version, self._keys, batch_size=1, shuffle=True, seed=self._seed + self._epoch, **self._options
             )
             order = batches.keys()
-        mine: IntArray = order[: self._usable][self._rank :: self._ranks][worker::workers]
-        return mine
+        mine: IntArray = order[: self._usable][self._rank :: self._ranks]
+        return mine[np.arange(len(mine)) // (self._batch_size or 1) % workers == worker]  # whole batches

@@ -5,6 +5,7 @@ batches take them from, are numbers: classes given as text become codes in the o
 missing label becomes `MISSING` (NaN among floats).
 """
 
+import ast
 from collections.abc import Iterable
 from typing import Any
 
@@ -69,7 +70,7 @@ def label_series(name: str, series: pl.Series) -> tuple[pl.Series, Label]:
     Raises
     ------
     InvalidInput
-        Types that are no label: nested ones of varying length, decimals, times; integers beyond 64 bits.
+        Types that are no label: nested ones of varying length, decimals, times; integers beyond 64 bits; `MISSING`.
     """
     dtype: Any = series.dtype
     shape: tuple[int, ...] = ()
@@ -89,9 +90,15 @@ def label_series(name: str, series: pl.Series) -> tuple[pl.Series, Label]:
     kept: Any = inner if inner in (pl.Float32, pl.Float64) else pl.Float32 if inner.is_float() else pl.Int64
     label: Label = {"name": name, "dtype": str(kept).lower(), "shape": list(shape), "classes": None}
     try:
-        return series.cast(label_type(label)).alias("label"), label
+        kept_series = series.cast(label_type(label)).alias("label")
     except pl.exceptions.PolarsError:
         raise InvalidInput(f"label column {name!r} has values beyond 64 bits; encode them first") from None
+    if label["dtype"] == "int64" and not shape and (kept_series == MISSING).any():
+        raise InvalidInput(
+            f"label column {name!r} has the number {MISSING}, which in a batch means a label that is not known yet: "
+            "give null for one, or floats for numbers to predict"
+        )
+    return kept_series, label
 
 
 def label_values(series: pl.Series, label: Label) -> Array:
@@ -117,9 +124,13 @@ def label_values(series: pl.Series, label: Label) -> Array:
     return values
 
 
-_TYPES = {"Datetime(time_unit='ns', time_zone='UTC')": pl.Datetime("ns", "UTC")}
-
-
 def column_types(columns: dict[str, str]) -> dict[str, Any]:
     """Types of scalar columns as a schema names them."""
-    return {name: _TYPES.get(text, getattr(pl, text, pl.String)) for name, text in columns.items()}
+    return {name: _type(text) for name, text in columns.items()}
+
+
+def _type(text: str) -> Any:
+    """Read a type as Polars writes it: ``Int64``, ``Datetime(time_unit='us', time_zone=None)``."""
+    name, _, options = text.rstrip(")").partition("(")
+    pairs = (option.split("=") for option in options.split(", ") if option)
+    return getattr(pl, name)(**{key: ast.literal_eval(value) for key, value in pairs})

@@ -58,7 +58,7 @@ def watch(
     if not folder.is_dir():
         raise InvalidInput(f"no folder {folder} to watch")
     last_s = time.monotonic()
-    waiting: dict[tuple[str, int, int], float] = {}  # since when files are as they are
+    waiting: dict[str, tuple[tuple[int, int], float]] = {}  # files to be read, and since when they are as they are
     refused: dict[str, tuple[int, int]] = {}  # files with nothing to read, until they change
     while True:
         known = _known(Version(store, manifests.load(store, manifests.head(store))))
@@ -67,8 +67,10 @@ def watch(
             before = known.get(file)
             if (before is not None and before[:2] == seen) or refused.get(file) == seen:
                 continue
-            first_seen_s = waiting.setdefault((file, *seen), time.monotonic())
-            if time.time_ns() - status.st_mtime_ns < settle_s * 1e9 and time.monotonic() - first_seen_s < settle_s:
+            if file not in waiting or waiting[file][0] != seen:
+                waiting[file] = seen, time.monotonic()
+            since_s = time.monotonic() - waiting[file][1]
+            if time.time_ns() - status.st_mtime_ns < settle_s * 1e9 and since_s < settle_s:
                 last_s = time.monotonic()  # somebody is writing it
                 continue
             try:
@@ -82,6 +84,7 @@ def watch(
             except (Conflict, OSError) as error:
                 _LOG.warning("%s was not read, and will be tried again: %s", folder / file, error)
                 continue
+            del waiting[file]
             if number:
                 last_s = time.monotonic()
                 yield number

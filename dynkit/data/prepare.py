@@ -262,8 +262,11 @@ def _as_frame(data: Any, declared: Mapping[str, Field], labels: Collection[str])
         return _split(data, declared, labels)
     if isinstance(data, Mapping):
         values = {str(name): value for name, value in data.items()}
-        fields = {name for name, value in values.items() if name not in labels and _is_field(value)}
-        arrays = {name: value for name, value in values.items() if name in declared or name in fields}
+        arrays = {
+            name: value
+            for name, value in values.items()
+            if not isinstance(value, pl.Series) and (name in declared or (name not in labels and _is_field(value)))
+        }
         if "x" in values and "x" not in arrays and _length("x", values["x"]):
             raise InvalidInput("'x' is the field made of the feature columns; give the array 'x' two dimensions (N, F)")
         plain = {name: _as_series(name, value) for name, value in values.items() if name not in arrays}
@@ -312,14 +315,13 @@ def _split(
             _refuse_nulls(series, "field", "drop those rows")
             arrays[name] = series.to_numpy()
         elif name in declared:
+            _refuse_nulls(series, "field", "drop those rows")
             arrays[name] = series.to_numpy()
     return frame.drop(arrays), arrays
 
 
 def _is_field(value: Any) -> bool:
     """Whether a value of a mapping is more than one number or text per sample."""
-    if isinstance(value, pl.Series):
-        return False
     if isinstance(value, Spans) or getattr(value, "is_nested", False):
         return True
     if hasattr(value, "dtype") and hasattr(value, "shape"):
@@ -374,6 +376,8 @@ def _timestamps(series: pl.Series, *, integers_are_ns: bool) -> pl.Series:
     name = series.name
     if integers_are_ns and series.dtype.is_integer():
         _refuse_nulls(series, "timestamp", "give every sample a time or drop those rows")
+        if int(series.max() or 0) >= 2**63:  # type: ignore[arg-type]
+            raise InvalidInput(f"timestamp column {name!r} has times outside the years 1677 to 2262")
         return series.cast(pl.Int64).cast(_TIMESTAMP).alias("timestamp")
     if isinstance(series.dtype, pl.Date):
         series = series.cast(pl.Datetime("us"))

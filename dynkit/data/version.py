@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 import torch
 
-from dynkit.data.arrays import ArraySegment, Decoded, Mapped, Memory
+from dynkit.data.arrays import ArraySegment, Chunks, Decoded, Mapped, Memory
 from dynkit.data.fields import Array, Field, Spans, Stored, span_index
 from dynkit.data.labels import column_types, label_type, label_values, stored_fields
 from dynkit.data.manifest import Manifest
@@ -52,6 +52,7 @@ class Version:
         self.label = self.stored_fields.get("label")
         self.memory = Memory()  # of super-batches, for every epoch again
         self.windows = Memory()  # of windows of decoded samples, as well
+        self._kept = Chunks(CACHE_BYTES)
         self._bases = _first_rows(  # of each segment, and the end
             [entry["rows"] for entry in self.segments], [field.row_bytes for field in self.stored_fields.values()]
         )
@@ -225,7 +226,7 @@ class Version:
             for entry, layout, first in zip(self.segments, layouts, firsts.tolist(), strict=False)
         ]
         if any(layout["codec"] != "none" for layout in layouts):
-            return Decoded(parts, row_bytes, CACHE_BYTES)
+            return Decoded(array, parts, row_bytes, self._kept)
         mapped = Mapped(parts, int(firsts[-1]), row_bytes)
         if isinstance(self.store, Folder):
             mapped.open()
