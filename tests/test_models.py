@@ -78,7 +78,7 @@ def test_wrong_use_is_told(ws: dk.Workspace) -> None:
         ws.models.load("abc")
     ws.models.put({"a": torch.zeros(1)})
     ws.models.put({"a": torch.ones(1)})
-    with pytest.raises(NotFound, match="more than one model begins with ''"):
+    with pytest.raises(InvalidInput, match="'' is no model"):
         ws.models.load("")
 
 

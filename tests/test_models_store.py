@@ -19,8 +19,10 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invar
 import dynkit as dk
 from dynkit.disk import read_at
 from dynkit.errors import InvalidInput, NotFound, StorageError
-from dynkit.models import manifest_id, tensor_id, writing
+from dynkit.models import manifest_id, reading, tensor_id, writing
+from dynkit.models.encoding import decode
 from dynkit.models.reading import DEPTH, Reader
+from dynkit.models.shelf import Recent
 
 State = dict[str, torch.Tensor]
 
@@ -386,6 +388,7 @@ def test_many_bytes_are_read_in_several_parts(tmp_path: Path, monkeypatch: pytes
     os.close(descriptor)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_names_and_states_that_cannot_be_are_refused(ws: dk.Workspace) -> None:
     zeros, ones = (ws.models.put({"w": torch.full((3,), value)}) for value in (0.0, 1.0))
     for name in (zeros, ""):
@@ -393,14 +396,41 @@ def test_names_and_states_that_cannot_be_are_refused(ws: dk.Workspace) -> None:
             ws.models.put({"w": torch.ones(4)}, name=name)
         with pytest.raises(InvalidInput, match="not look like the identity of a model"):
             ws.lineage.name(ones, name)
-    with pytest.raises(InvalidInput, match="None is no model"):
-        ws.models.load(None)  # type: ignore[arg-type]
+    for nothing in (None, ""):
+        with pytest.raises(InvalidInput, match="is no model; give an identity"):
+            ws.models.load(nothing)  # type: ignore[arg-type]
+    with pytest.raises(InvalidInput, match="'weight' has no values yet: call the module once"):
+        ws.models.put(torch.nn.LazyLinear(2).state_dict())
+    with pytest.raises(InvalidInput, match="must be dense and have data"):
+        ws.models.put({"w": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])})
     with pytest.raises(InvalidInput, match=r"not Linear; give module.state_dict\(\)"):
         ws.models.put(torch.nn.Linear(2, 2))  # type: ignore[arg-type]
     child = ws.models.put({"w": torch.full((3,), 2.0)}, parents=ones)
     assert ws.lineage.ancestors(child) == {ones}
     with pytest.raises(StorageError, match="cannot write"):
         ws.models.export_safetensors(ones, ws.path / "nowhere" / "x.safetensors")
+
+
+def test_views_that_torch_computes_later_are_stored_as_what_they_are(ws: dk.Workspace) -> None:
+    complex64 = torch.randn(5, 3, dtype=torch.complex64)
+    state = {"conjugate": complex64.mH, "negative": complex64.conj().imag}
+    loaded = ws.models.load(ws.models.put(state))
+    assert all(loaded[name].equal(tensor) for name, tensor in state.items())
+
+
+def test_what_several_tensors_are_predicted_from_is_decoded_once(
+    ws: dk.Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = [torch.randn(100, 100) for _ in range(2)]
+    models = [ws.models.put({"w": step}) for step in steps]
+    for _ in range(5):  # each the average of the two before
+        steps.append((steps[-1] + steps[-2]) / 2)
+        models.append(ws.models.put({"w": steps[-1]}, parents=models[-2:]))
+    monkeypatch.setattr(Recent, "put", lambda *args: None)  # as for tensors too large to be kept
+    decoded = []
+    monkeypatch.setattr(reading, "decode", lambda *args: decoded.append(args[0].id) or decode(*args))
+    assert dk.Workspace(ws.path).models.load(models[-1])["w"].equal(steps[-1])
+    assert len(decoded) == len(set(decoded)) == 7
 
 
 def test_a_file_that_somebody_removed_harms_only_models_that_need_it(ws: dk.Workspace) -> None:

@@ -117,5 +117,7 @@ class IterableSamples(IterableDataset[Batch]):
                 version, self._keys, batch_size=1, shuffle=True, seed=self._seed + self._epoch, **self._options
             )
             order = batches.keys()
-        mine: IntArray = order[: self._usable][self._rank :: self._ranks]
-        return mine[np.arange(len(mine)) // (self._batch_size or 1) % workers == worker]  # whole batches
+        order = order[: self._usable][self._rank :: self._ranks]
+        batch = np.arange(len(order)) // (self._batch_size or 1)
+        mine: IntArray = order[batch % workers == worker]
+        return mine

@@ -8,6 +8,7 @@ another if that exceeds its own bound.
 
 import os
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from types import TracebackType
@@ -158,11 +159,9 @@ class Reader:
             When it, or one that it is predicted from, is missing or damaged.
         """
         key, place = self.frame(ref).id, self._place(ref)
-        known = self._recent.get(key)
-        if known is None:
-            known = self._decoded(ref)
-            self._recent.put(key, known)
-        elif place is None or not self._recent.was_checked(key, place):
+        remembered = self.remembers(ref)
+        known = self.base(ref)
+        if remembered and (place is None or not self._recent.was_checked(key, place)):
             frame, data = self.data(ref)
             if xxh3_64_intdigest(data) != frame.checksum:
                 raise self._damaged(ref, frame)
@@ -183,25 +182,40 @@ class Reader:
         return *ref, file.st_ino, file.st_size, file.st_ctime_ns
 
     def base(self, ref: Ref) -> torch.Tensor:
-        """Decode a tensor that others are predicted from; not to be changed."""
-        key = self.frame(ref).id
-        tensor = self._recent.get(key)
-        if tensor is None:
-            tensor = self._decoded(ref)
-            self._recent.put(key, tensor)
-        return tensor
+        """Return a tensor that others are predicted from; not to be changed."""
+        tensor = self._recent.get(self.frame(ref).id)
+        return self._decoded(ref) if tensor is None else tensor
 
     def _decoded(self, ref: Ref) -> torch.Tensor:
-        frame, data = self.data(ref)
-        bases = [self.base(base) for base in frame.bases]
-        try:
-            tensor = decode(frame, data, bases)
-            sound = digest(frame.dtype, frame.shape, raw(tensor)) == frame.id
-        except Exception:  # what a coder says of damaged bytes differs
-            sound = False
-        if not sound:
-            raise self._damaged(ref, frame)
-        return tensor
+        """Decode a tensor; those that it is predicted from once, and held no longer than one of them needs them."""
+        uses = Counter(base for frame in self.closure([ref]).values() if frame is not None for base in frame.bases)
+        held: dict[Ref, torch.Tensor] = {}
+
+        def base(ref: Ref) -> torch.Tensor:
+            tensor = held.pop(ref, None)
+            if tensor is None:
+                tensor = self._recent.get(self.frame(ref).id)
+            if tensor is None:
+                tensor = decoded(ref)
+            uses[ref] -= 1
+            if uses[ref]:
+                held[ref] = tensor
+            return tensor
+
+        def decoded(ref: Ref) -> torch.Tensor:
+            frame, data = self.data(ref)
+            bases = [base(one) for one in frame.bases]
+            try:
+                tensor = decode(frame, data, bases)
+                sound = digest(frame.dtype, frame.shape, raw(tensor)) == frame.id
+            except Exception:  # what a coder says of damaged bytes differs
+                sound = False
+            if not sound:
+                raise self._damaged(ref, frame)
+            self._recent.put(frame.id, tensor)
+            return tensor
+
+        return decoded(ref)
 
     def _damaged(self, ref: Ref, frame: Frame) -> StorageError:
         where = self._shelf.folder / self.pack(ref[0]).file

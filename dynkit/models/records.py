@@ -91,9 +91,9 @@ def resolved(connection: sa.Connection, model: str) -> str:
 
     Raises
     ------
-    NotFound
+    InvalidInput, NotFound
     """
-    if not isinstance(model, str):
+    if not isinstance(model, str) or not model:
         raise InvalidInput(f"{model!r} is no model; give an identity, the beginning of one, or a name")
     named = connection.scalar(sa.select(names.c.model).where(names.c.name == model))
     if named is not None:

@@ -18,6 +18,7 @@ from typing import Any
 
 import sqlalchemy as sa
 import torch
+from torch.nn.parameter import is_lazy
 
 from dynkit.catalog import Catalog, edges, models, names, packs
 from dynkit.errors import Conflict, InvalidInput, StorageError
@@ -350,14 +351,16 @@ def _tensors(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
                 f"state entry {name!r} is a {type(value).__name__}; a model's state must be tensors only (keep other "
                 "settings in its constructor or in metadata=, and flatten nested states)"
             )
-        if value.layout is not torch.strided or value.is_quantized or value.device.type == "meta":
+        if is_lazy(value):
+            raise InvalidInput(f"state entry {name!r} has no values yet: call the module once")
+        if value.layout is not torch.strided or value.is_nested or value.is_quantized or value.device.type == "meta":
             raise InvalidInput(
                 f"state entry {name!r} is a {dtype_name(value.dtype)} tensor of layout {value.layout} on "
                 f"{value.device}; a stored tensor must be dense and have data: use .to_dense() or .dequantize()"
             )
         if not isinstance(name, str):
             raise InvalidInput(f"state entry {name!r} has no name; names must be str")
-    return dict(state)
+    return {name: value.resolve_conj().resolve_neg() for name, value in state.items()}
 
 
 def _json(metadata: Mapping[str, Any]) -> dict[str, Any]:
