@@ -96,6 +96,8 @@ def parse(text: str) -> Document:
         mark = error.problem_mark or error.context_mark
         line = None if mark is None else mark.line + 1
         raise SpecError(f"not valid YAML: {error.problem or error.context}", line=line) from None
+    except RecursionError:
+        raise SpecError("an anchor of the YAML contains itself, or its values lie too deep in each other") from None
     except yaml.YAMLError as error:
         raise SpecError(f"not valid YAML: {error}".splitlines()[0]) from None
     finally:

@@ -132,6 +132,17 @@ def test_the_device_and_name_may_come_from_outside(ws: dk.Workspace, dataset: dk
         ("dataset: stream", "dataset: [stream]", r"line 1: dataset: \['stream'\] is not a dataset name; expected text"),
         ("dataset: stream", "", r"key 'dataset' is missing; a pipeline needs dataset, model, trigger, selection"),
         ("epochs", "epoch", r"line 5: training.epoch: key 'epoch' is not known; did you mean 'epochs'\?"),
+        (
+            "model: make_model",
+            "model: {torch.nn:Linear: {in_feature: 3}}",
+            r"line 2: model.*key 'in_feature' is not known; did you mean 'in_features'",
+        ),
+        (
+            "model: make_model",
+            "model: torch.nn:Linear",
+            r"line 2: model: .* missing a required argument: 'in_features'",
+        ),
+        ("{amount: {n: 500}}", "&again [*again]", r"an anchor of the YAML contains itself"),
         ("epochs: 1", "epochs: three", r"line 5: training.epochs: 'three' is not valid; expected a whole number"),
         ("epochs: 1", "epochs: true", r"line 5: training.epochs: True is not valid; expected a whole number"),
         ("epochs: 1", "epochs: 0", r"line 5: training.epochs: epochs=0 must be a whole number, at least 1"),

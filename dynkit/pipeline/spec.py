@@ -18,6 +18,7 @@ against the dataclasses themselves; `dynkit.pipeline.json_schema` turns the same
 import dataclasses
 import functools
 import importlib
+import inspect
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
@@ -200,11 +201,23 @@ class _Builder:
         """Find the user's model; parameters are kept for each time it is made."""
         named, parameters, inner = self._named(path, value, "model")
         found = self._find(path, named, "model")
-        if parameters is None:
-            return found
+        parameters = {} if parameters is None else parameters
         if not isinstance(parameters, dict):
             raise self.error(inner, f"{parameters!r} must be a mapping of parameters")
-        return functools.partial(found, **parameters)
+        self._check_call(inner, found, parameters)
+        return functools.partial(found, **parameters) if parameters else found
+
+    def _check_call(self, path: Path, found: Callable[..., Any], parameters: dict[str, Any]) -> None:
+        try:
+            signature = inspect.signature(found)
+        except ValueError:  # of C, some have none
+            return
+        if not any(one.kind is one.VAR_KEYWORD for one in signature.parameters.values()):
+            self.mapping(path, parameters, list(signature.parameters), "parameters")
+        try:
+            signature.bind(**parameters)
+        except TypeError as error:
+            raise self.error(path, f"the model cannot be made: {error}") from None
 
     def _named(self, path: Path, value: Any, role: str) -> tuple[str, Any, Path]:
         """Split ``name`` or ``{name: parameters}``."""
