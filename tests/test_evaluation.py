@@ -113,6 +113,9 @@ def test_wrong_settings_are_named(make: object, message: str) -> None:
 def test_a_metric_that_does_not_fit_the_outputs_says_so() -> None:
     with pytest.raises(TrainingError, match="top_5 needs outputs"):
         scored(TopK(5), torch.randn(4, 3), torch.zeros(4), 2)
+    for metric in (Accuracy(), TopK(1), F1(), RocAuc()):
+        with pytest.raises(TrainingError, match=r"cannot judge labels such as 3.7: choose metrics=\['mae', 'rmse'\]"):
+            metric(torch.zeros(3, 3 if metric == TopK(1) else 1), torch.tensor([0.0, 3.7, 1.0]))
     with pytest.raises(TrainingError, match="one output per sample"):
         scored(Mae(), torch.randn(4, 3), torch.zeros(4), 2)
 

@@ -56,6 +56,17 @@ def _classes(outputs: torch.Tensor) -> torch.Tensor:
     return (outputs.reshape(-1) > 0).long() if _is_single(outputs) else outputs.argmax(1)
 
 
+def _whole(labels: torch.Tensor) -> torch.Tensor:
+    """Classes (N,) int64 of labels that may be floats."""
+    whole = labels.long()
+    if labels.is_floating_point() and not bool((whole == labels).all()):
+        example = float(labels[whole != labels][0])
+        raise TrainingError(
+            f"a metric of classes cannot judge labels such as {example:g}: choose metrics=['mae', 'rmse']"
+        )
+    return whole
+
+
 def _numbers(outputs: torch.Tensor) -> torch.Tensor:
     if not _is_single(outputs):
         raise TrainingError(f"a regression metric needs one output per sample, not {tuple(outputs.shape)}")
@@ -99,7 +110,7 @@ class Accuracy(_Streamed):
 
         n = _n_classes(outputs)
         metric = classification.MulticlassAccuracy(num_classes=n, average="micro", validate_args=False)
-        return _Accumulator(metric, _classes, torch.Tensor.long)
+        return _Accumulator(metric, _classes, _whole)
 
 
 @dataclass(frozen=True)
@@ -124,7 +135,7 @@ class TopK(_Streamed):
         if outputs.ndim != 2 or self.k > n or n != outputs.shape[1]:
             raise TrainingError(f"top_{self.k} needs outputs (N, C) with C >= {self.k}, not {tuple(outputs.shape)}")
         metric = classification.MulticlassAccuracy(num_classes=n, top_k=self.k, average="micro", validate_args=False)
-        return _Accumulator(metric, torch.Tensor.double, torch.Tensor.long)
+        return _Accumulator(metric, torch.Tensor.double, _whole)
 
 
 @dataclass(frozen=True)
@@ -152,7 +163,7 @@ class F1(_Streamed):
             metric = classification.BinaryF1Score(validate_args=False)
         else:
             metric = classification.MulticlassF1Score(num_classes=n, average=self.average, validate_args=False)
-        return _Accumulator(metric, _classes, torch.Tensor.long)
+        return _Accumulator(metric, _classes, _whole)
 
 
 @dataclass(frozen=True)
@@ -192,9 +203,9 @@ class RocAuc:
         if len(torch.unique(labels)) < n:
             return None
         if n == 2:
-            return float(classification.binary_auroc(probabilities, labels.long(), validate_args=False))
+            return float(classification.binary_auroc(probabilities, _whole(labels), validate_args=False))
         area = classification.multiclass_auroc
-        return float(area(probabilities, labels.long(), num_classes=n, average="macro", validate_args=False))
+        return float(area(probabilities, _whole(labels), num_classes=n, average="macro", validate_args=False))
 
 
 NAMES: dict[str, type[Any]] = {snake_case(cls.__name__): cls for cls in (Accuracy, TopK, F1, RocAuc, Mae, Rmse)}
