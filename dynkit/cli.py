@@ -389,9 +389,11 @@ def push(remote: str, models: tuple[str, ...], workspace: Path | None) -> None:
 @click.argument("models", nargs=-1)
 @in_workspace
 def pull(remote: str, models: tuple[str, ...], workspace: Path | None) -> None:
-    """Copy MODELS (all) from REMOTE (origin), as far as they are not here."""
+    """Copy MODELS (all) from REMOTE (origin), as far as they are not here; exit code 1 when a name went apart."""
     with _told():
-        _say(repr(_open(workspace).lineage.pull(remote, models or None)))
+        done = _open(workspace).lineage.pull(remote, models or None)
+        _say(repr(done))
+    raise SystemExit(1 if done.rejected else 0)
 
 
 @main.command()

@@ -280,7 +280,7 @@ def _parts(value: Any) -> bytes | list[Any]:
     if hasattr(value, "__array__") and hasattr(value, "dtype"):  # NumPy arrays and tensors
         if hasattr(value, "detach"):
             value = value.detach().cpu()
-            array = value.float().numpy() if "bfloat16" in str(value.dtype) else value.numpy()
+            array = value.float().numpy() if re.search("bfloat16|float8", str(value.dtype)) else value.numpy()
         else:
             array = np.asarray(value)
         return [str(value.dtype), list(array.shape), array.tobytes()]

@@ -12,7 +12,7 @@ from dynkit import catalog as tables
 from dynkit.catalog import Catalog
 from dynkit.data import Dataset, create, ingest
 from dynkit.lineage import Lineage
-from dynkit.lineage.remotes import check
+from dynkit.lineage.remotes import check_clone
 from dynkit.models import ModelStore
 from dynkit.pipeline import Pipeline, Run, Runs
 from dynkit.pipeline.recipe import Recipe
@@ -72,7 +72,7 @@ class Workspace:
         **where : str or None
             Its `storage` and `catalog`, as of `Workspace`.
         """
-        check(source)
+        check_clone(source, path)
         new = cls(path, **where)
         new.lineage.add_remote("origin", source)
         new.lineage.pull("origin")

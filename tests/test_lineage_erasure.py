@@ -15,7 +15,7 @@ from streams import START, make_frame, make_model, make_pipeline, replayed
 from torch import nn
 
 import dynkit as dk
-from dynkit.catalog import packs
+from dynkit.catalog import origins, packs
 from dynkit.data import Batches
 from dynkit.errors import Conflict, InvalidInput, NotFound
 from dynkit.lineage import erasure
@@ -405,3 +405,146 @@ def test_a_run_whose_samples_were_erased_does_not_go_on(ws: dk.Workspace, datase
     assert ws.lineage.erase(ERASED, dry_run=False).done
     run = ws.run(events[0].run).resume()
     assert run.wait(60) == "failed"
+
+
+def halved(state: Any) -> Any:
+    return {name: tensor / 2 for name, tensor in state.items()}
+
+
+def test_only_a_recipe_clears_a_model_of_what_it_learned(ws: dk.Workspace, dataset: dk.Dataset) -> None:
+    """The same bits brought again without parents, and parents that are told only later."""
+    run = replayed(make_pipeline(dataset, selection=dk.selection.New(), training=dk.Training(**TRAINING)))  # type: ignore[arg-type]
+    second = run.trained[1].model
+    assert ws.lineage.add(ws.models.load(second), name="prod") == second
+    assert ws.lineage.erase([700], dry_run=False).done
+    assert second not in ws.models
+    assert ws.models.resolve("prod") == run.trained[1].model
+    third = run.trained[2].model
+    brought = ws.lineage.add(halved(ws.models.load(third)), name="brought")
+    assert ws.lineage.add(halved(ws.models.load(third)), parents=[third]) == brought
+    assert ws.lineage.erase([1234]).blocked == (brought,)
+
+
+def test_models_removed_by_hand_hide_nothing_and_block_only_what_needs_them(
+    ws: dk.Workspace, dataset: dk.Dataset
+) -> None:
+    run = replayed(make_pipeline(dataset, selection=dk.selection.New(), training=dk.Training(**TRAINING)))  # type: ignore[arg-type]
+    second = run.trained[1].model
+    middle = ws.lineage.add(halved, parents=[second], version_of=run.trained[0].model)
+    last = ws.lineage.add(halved, parents=[middle], version_of=middle)
+    before = ws.lineage.versions(last)
+    ws.models.remove(middle)
+    assert ws.lineage.ancestors(last) == {second}
+    assert ws.lineage.versions(last) == [one for one in before if one != middle]
+    assert last in ws.lineage.affected_by([700])
+    assert ws.lineage.erase([700]).blocked == (last,)
+    report = ws.lineage.erase([700], dry_run=False, drop=True)
+    assert report.done and set(report.removed) == {second, last}
+
+
+def test_a_recipe_that_fails_now_is_named_and_dropped_when_asked_to(
+    ws: dk.Workspace, dataset: dk.Dataset, tmp_path: Path
+) -> None:
+    run = replayed(make_pipeline(dataset, selection=dk.selection.New(), training=dk.Training(**TRAINING)))  # type: ignore[arg-type]
+    needed = tmp_path / "needed"
+    needed.write_text("x")
+    made = ws.lineage.add(
+        lambda state: {**state, "n": torch.tensor(len(needed.read_text()))}, parents=[run.trained[1].model]
+    )
+    needed.unlink()
+    with pytest.raises(Conflict, match=rf"model {made[:12]} cannot be made anew: FileNotFoundError.*drop=True"):
+        ws.lineage.erase([700], dry_run=False)
+    report = ws.lineage.erase([700], dry_run=False, drop=True)
+    assert report.done and report.blocked == (made,)
+    assert made not in ws.models
+
+
+def test_models_that_come_meanwhile_are_a_conflict_and_nothing_is_erased(
+    ws: dk.Workspace, dataset: dk.Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = replayed(make_pipeline(dataset, selection=dk.selection.New(), training=dk.Training(**TRAINING)))  # type: ignore[arg-type]
+    second, judge = run.trained[1].model, erasure._judge
+    comings: list[Any] = [
+        lambda: ws.lineage.add(halved, parents=[second]),
+        lambda: replayed(make_pipeline(dataset, selection=dk.selection.New(), name="again")),
+    ]
+    for coming in comings:
+        with monkeypatch.context() as patch:
+            patch.setattr(erasure, "_judge", lambda *args, coming=coming: (coming(), judge(*args))[1])
+            with pytest.raises(Conflict, match="came meanwhile, and nothing was erased yet; ask again"):
+                ws.lineage.erase([700], dry_run=False)
+        assert second in ws.models and len(dataset) == 1500
+    assert ws.lineage.erase([700], dry_run=False).done
+
+
+def test_clocks_of_others_do_not_change_the_order(ws: dk.Workspace, dataset: dk.Dataset) -> None:
+    """A model that a colleague, whose clock is an hour behind, made from one of a run."""
+    run = replayed(make_pipeline(dataset, selection=dk.selection.New(), training=dk.Training(**TRAINING)))  # type: ignore[arg-type]
+    made = ws.lineage.add(halved, parents=[run.trained[1].model], name="made")
+    with ws.catalog.write() as connection:
+        connection.execute(sa.update(origins).values(created_ns=origins.c.created_ns - 3600 * 10**9))
+    assert ws.lineage.erase([700]).blocked == ()
+    assert ws.lineage.erase([700], dry_run=False).done
+    assert made not in ws.models
+    expected = halved(ws.models.load(run.trained[1].model))
+    assert all(ws.models.load("made")[name].equal(tensor) for name, tensor in expected.items())
+
+
+def test_tensors_without_a_model_are_removed_by_who_asks_again(
+    ws: dk.Workspace, dataset: dk.Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An erasure that was interrupted after the models were replaced knows them no more when it goes on."""
+    options = dk.Training(**TRAINING)  # type: ignore[arg-type]
+    run = replayed(make_pipeline(dataset, selection=dk.selection.New(), training=options, model=wide_model))
+    tainted = ws.models.load(run.trained[1].model)
+    parent = ws.lineage.add(wide_model(), version_of=run.trained[1].model)
+    ws.lineage.add({name: t + 1e-4 * torch.randn(t.shape) for name, t in tainted.items()}, parents=[parent])
+    gone = set(ws.models.manifest(run.trained[1].model).values())
+    with monkeypatch.context() as patch:
+        patch.setattr(erasure, "free", lambda store: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            ws.lineage.erase([700], dry_run=False)
+    assert ws.models.tensors() & gone
+    assert ws.lineage.erase([700], dry_run=False).done
+    assert not ws.models.tensors() & gone
+
+
+def test_scores_events_and_tests_follow_the_models(ws: dk.Workspace, dataset: dk.Dataset) -> None:
+    window = dk.Window(*(dataset.table()["timestamp"].to_physical()[[600, 610]].to_list()))
+    pipeline = make_pipeline(
+        dataset,
+        selection=dk.selection.New(),
+        training=dk.Training(**TRAINING),  # type: ignore[arg-type]
+        evaluation=dk.Evaluation(windows=lambda run: [window]),
+        trigger=dk.triggers.any_of(dk.triggers.Amount(500), dk.triggers.Drift(every=250)),
+    )
+    run = replayed(pipeline)
+    old = [one.model for one in run.trained]
+    ws.lineage.register(lambda state: True, name="one", models=[old[-1]])
+    assert len(run.matrix()) and len(run.decisions())
+    erased = sorted({*range(600, 610), 1234})
+    assert ws.lineage.erase(erased, dry_run=False).done
+    assert len(run.matrix()) == len(run.decisions()) == 0  # no sample is left in the window
+    new = {one.index: one.model for one in run.trained}
+    told = {event.data["index"]: event.data for event in run.events() if event.kind == "trained"}
+    assert {index: one["model"] for index, one in told.items()} == new
+    assert all(one["samples"] == run.selection(index).height for index, one in told.items())
+    assert [one.model for one in ws.lineage.test()] == [run.trained[-1].model] != [old[-1]]
+
+
+def test_the_optimizer_of_a_rebuilt_model_is_found_in_a_new_process_too(tmp_path: Path) -> None:
+    found = []
+    for again in (False, True):
+        ws = dk.Workspace(tmp_path / str(again))
+        dataset = ws.ingest("stream", make_frame(1500), timestamp="when", label="late")
+        training = dk.Training(**TRAINING, warm_start=True, carry_optimizer=True)  # type: ignore[arg-type]
+        run = replayed(make_pipeline(dataset, selection=dk.selection.New(), training=training))
+        first = run.trained[0].model
+        torch.manual_seed(1)
+        new = ws.lineage.add({n: torch.randn_like(t) for n, t in ws.models.load(first).items()}, version_of=first)
+        rebuilt = ws.lineage.cascade(first, new, dry_run=False).rebuilt
+        last = rebuilt[run.trained[2].model]
+        opened = dk.Workspace(ws.path) if again else ws
+        report = opened.lineage.erase([int(run.selection(2)["key"][3])], dry_run=False)
+        found.append(report.rebuilt[last])
+    assert found[0] == found[1] is not None

@@ -18,6 +18,7 @@ from dynkit.lineage.rebuilding import as_group, as_state, call, link
 from dynkit.lineage.storing import put
 from dynkit.models import ModelStore, tensor_id
 from dynkit.models.records import check_name
+from dynkit.models.store import dense_tensors, read_safetensors
 from dynkit.policies import digest
 
 __all__ = ["Model", "add", "add_group", "commit", "point", "state_of", "write_notes"]
@@ -36,13 +37,16 @@ def add(
 ) -> str:
     """Store a model of a user's, or what a function of the parents' states makes; `place` as in `commit`."""
     code = None
+    metadata: dict[str, str] = {}
     started_s = time.perf_counter()
     made = callable(model) and not isinstance(model, torch.nn.Module)
     if made:
-        code = bytes(cloudpickle.dumps(model))
+        code = _pickled(model)
         state: State = as_state(call(code, [store.load(parent) for parent in parents]))
     else:
-        state = state_of(model)
+        state, metadata = state_of(model)
+    if not isinstance(how, str):
+        raise InvalidInput(f"how={how!r} must be text for people")
     origin = Origin(
         model="",
         how="made" if made else "added",
@@ -52,12 +56,19 @@ def add(
         seconds=time.perf_counter() - started_s,
         created_ns=time.time_ns(),
     )
-    return commit(store, state, origin, code=code, **place)
+    return commit(store, state, origin, code=code, metadata=metadata, **place)
+
+
+def _pickled(function: Any) -> bytes:
+    try:
+        return bytes(cloudpickle.dumps(function))
+    except Exception as error:
+        raise InvalidInput(f"the function {function!r:.80} cannot be kept: {error}") from error
 
 
 def add_group(store: ModelStore, function: Callable[..., Any], parents: Sequence[str], *, how: str) -> dict[str, str]:
     """Store what a function of the parents' states makes, each model with its name in the group in its recipe."""
-    code = bytes(cloudpickle.dumps(function))
+    code = _pickled(function)
     started_s = time.perf_counter()
     group = as_group(call(code, [store.load(parent) for parent in parents]))
     seconds = (time.perf_counter() - started_s) / len(group)
@@ -78,9 +89,10 @@ def commit(
     name: str | None = None,
     tags: Iterable[str] = (),
     note: str | None = None,
+    metadata: Mapping[str, Any] | None = None,
 ) -> str:
     """Store a model with its origin, edges, name and notes, at once; `before`: models it is the next version of."""
-    tags = list(_texts(tags))
+    tags = _texts(tags)
 
     def also(connection: sa.Connection, model: str) -> None:
         link(connection, "derived", origin.parents, model)
@@ -90,24 +102,15 @@ def commit(
         placing.index(connection, model, state, manifest)
         write_notes(connection, model, tags, note)
 
-    return put(store, state, also, origin.parents, name)
+    return put(store, state, also, origin.parents, name, metadata)
 
 
-def state_of(model: Any) -> Mapping[str, torch.Tensor]:
-    """Return the tensors of what a user has."""
-    if isinstance(model, torch.nn.Module):
-        return model.state_dict()
-    if isinstance(model, Mapping):
-        return model
+def state_of(model: Any) -> tuple[State, dict[str, str]]:
+    """Return the tensors of what a user has, and the metadata that a file has with them."""
     if isinstance(model, str | Path) and Path(model).suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            state: dict[str, torch.Tensor] = load_file(model)
-        except (OSError, SafetensorError) as error:
-            raise InvalidInput(f"{model} cannot be read: {error}") from None
-        return state
+        return read_safetensors(model)
+    if isinstance(model, torch.nn.Module | Mapping):
+        return dense_tensors(model.state_dict() if isinstance(model, torch.nn.Module) else model), {}
     raise InvalidInput(f"{model!r:.80} is no model; pass an nn.Module, a state dict or the path of a .safetensors file")
 
 
@@ -134,7 +137,8 @@ def write_notes(connection: sa.Connection, model: str, tags: Iterable[str], note
     insert_missing(connection, notes, rows)
 
 
-def _texts(tags: Iterable[str]) -> Iterable[str]:
-    if isinstance(tags, str):
-        raise InvalidInput(f"tags={tags!r} must be a list of text: tags=[{tags!r}]")
-    return tags
+def _texts(tags: Iterable[str]) -> list[str]:
+    listed = [] if isinstance(tags, str) else list(tags)
+    if isinstance(tags, str) or not all(isinstance(tag, str) for tag in listed):
+        raise InvalidInput(f"tags={tags!r} must be a list of text, such as tags=['reviewed']")
+    return listed

@@ -32,17 +32,21 @@ class Bisection(Shown):
         What it can be: the first bad model alone, if it was found.
     tested : tuple of (str, bool or None)
         Models in the order of testing, with whether they passed.
+    errors : tuple of str
+        What the test raised where it broke.
     """
 
     first: str | None
     suspects: tuple[str, ...]
     tested: tuple[tuple[str, bool | None], ...]
+    errors: tuple[str, ...] = ()
 
     def parts(self) -> tuple[str, Sequence[str], Sequence[str], Sequence[Sequence[Any]]]:
         """See `Shown`."""
         found = f"the first bad model is {short(self.first)}"
         title = found if self.first else f"the first bad model is one of {len(self.suspects)} that cannot be told apart"
         facts = [] if self.first else [", ".join(map(short, self.suspects[:20]))]
+        facts += [f"the test broke {len(self.errors)} times: {self.errors[0]}"] if self.errors else []
         said = {True: "good", False: "bad", None: "cannot tell"}
         rows = [(i, short(model), said[passed]) for i, (model, passed) in enumerate(self.tested, 1)]
         return title, facts, ("test", "model", "verdict"), rows

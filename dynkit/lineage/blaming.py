@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from dynkit.catalog import Catalog
-from dynkit.data import Dataset, as_keys
+from dynkit.data import as_keys
 from dynkit.errors import InvalidInput
 from dynkit.lineage import testing
 from dynkit.lineage.display import Shown, short
@@ -70,7 +70,7 @@ def blamed(
     catalog: Catalog, store: ModelStore, workshop: Workshop, test: ModelTest, model: str, trainings: int
 ) -> Blame:
     """Look for the cause; see `Lineage.blame`."""
-    if testing.run(catalog, store, test, model).passed is not False:
+    if testing.verdict(testing.run(catalog, store, test, model)) is not False:
         raise InvalidInput(f"model {model[:12]} does not fail the test {test.name!r}; nothing is to blame")
     with catalog.read() as connection:
         own = origins_of(connection, {model})
@@ -81,7 +81,6 @@ def blamed(
     if origin is None or origin.training is None or any(passed is False for _, passed in parents):
         return Blame(model, parents)
     new = _new_samples(catalog, origin, earlier)
-    dataset = None if test.dataset is None else Dataset(catalog, test.dataset)
     frame = read_selection(catalog.root, *origin.training)
 
     def passes_without(keys: IntArray) -> bool | None:
@@ -89,7 +88,7 @@ def blamed(
         if not left.height:
             return True  # there would be no such model
         outcome = workshop.train(origin, origin.parents, left)
-        return testing.judge(test, outcome.state, dataset)[0]
+        return testing.verdict(testing.judged(catalog, test, model, outcome.state))
 
     samples, asked = narrow(new, passes_without, trainings)
     return Blame(model, parents, new, samples, asked)

@@ -22,6 +22,7 @@ from dynkit.lineage.display import Shown, short, watched
 from dynkit.lineage.graph import acyclic, ages, all_edges, reachable
 from dynkit.lineage.origins import Origin, insert_origin, origins_of
 from dynkit.lineage.rebuilding import Built, Workshop, link
+from dynkit.lineage.replacing import follow
 from dynkit.lineage.testing import TestReport
 from dynkit.models import ModelStore
 
@@ -166,6 +167,7 @@ def _record(connection: sa.Connection, old: str, origin: Origin, parents: tuple[
     query = sa.select(notes).where(notes.c.model == old, notes.c.kind == "tag")
     tags = [{**row._asdict(), "model": built.model} for row in connection.execute(query)]
     insert_missing(connection, notes, tags)
+    follow(connection, {old: built.model})
     how = "rebuilt" if origin.training is not None else origin.how
     known = [(one.how, one.parents, one.training) for one in origins_of(connection, {built.model})]
     if (how, parents, origin.training) in known:

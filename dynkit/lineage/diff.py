@@ -107,11 +107,13 @@ def _compared(a: torch.Tensor, b: torch.Tensor) -> dict[str, Any]:
         return {"change": "reshaped", **row}
     if same(a, b):
         return {"change": "same", **row, "delta": 0.0, "relative": 0.0, "cosine": 1.0, "unchanged": 1.0, "rank": 0}
-    wide_a, wide_b = a.detach().double(), b.detach().double()
+    wide_a, wide_b = _wide(a), _wide(b)
     delta = wide_b - wide_a
     length = _norm(delta)
     cosine = (
-        float((wide_a * wide_b).sum()) / (row["norm_a"] * row["norm_b"]) if row["norm_a"] and row["norm_b"] else None
+        float((wide_a.conj() * wide_b).sum().real) / (row["norm_a"] * row["norm_b"])
+        if row["norm_a"] and row["norm_b"]
+        else None
     )
     return {
         "change": "changed" if a.dtype == b.dtype else "retyped",
@@ -126,12 +128,15 @@ def _compared(a: torch.Tensor, b: torch.Tensor) -> dict[str, Any]:
 
 def _rank(delta: torch.Tensor, dtype: torch.dtype) -> int | None:
     """Numerical rank as a matrix (first axis against the others), by the tolerance of numpy's `matrix_rank`."""
+    if not delta.numel():
+        return 0
     if delta.ndim < 2 or min(delta.shape[0], delta[0].numel()) > _LARGEST_RANK or not torch.isfinite(delta).all():
         return None
     matrix = delta.reshape(len(delta), -1)
     values = torch.linalg.svdvals(matrix)
     # Rounding to the tensors' own type leaves a residue of full rank, which is no part of the difference.
-    precision = torch.finfo(dtype).eps if dtype.is_floating_point else torch.finfo(torch.float64).eps
+    rounded = dtype.is_floating_point or dtype.is_complex
+    precision = torch.finfo(dtype if rounded else torch.float64).eps
     return int((values > values.max() * max(matrix.shape) * precision).sum())
 
 
@@ -144,7 +149,11 @@ def _shape(tensor: torch.Tensor) -> str:
 
 
 def _norm(tensor: torch.Tensor) -> float:
-    return float(torch.linalg.vector_norm(tensor.detach().double()))
+    return float(torch.linalg.vector_norm(_wide(tensor)))
+
+
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to(torch.complex128 if tensor.is_complex() else torch.float64)
 
 
 def scores_of(connection: sa.Connection, a: str, b: str) -> pl.DataFrame:

@@ -23,11 +23,11 @@ from dynkit.evaluation.matrix import rows_of
 from dynkit.html import duration
 from dynkit.lineage.display import Shown, short, watched
 from dynkit.lineage.graph import reachable
-from dynkit.lineage.origins import Origin, origins_of
-from dynkit.lineage.rebuilding import Workshop, version_of
+from dynkit.lineage.origins import Origin, origins_of, parents_first
+from dynkit.lineage.rebuilding import CannotBuildError, Workshop, version_of
 from dynkit.lineage.replacing import Change, replace_models, successors
 from dynkit.lineage.samples import forget_trainings, read_selection, rewrite_selections, uses
-from dynkit.lineage.storing import free
+from dynkit.lineage.storing import free, unneeded
 from dynkit.models import ModelStore
 from dynkit.time import IntArray
 from dynkit.types import Window
@@ -82,14 +82,18 @@ class Affected(Shown):
 def affected_by(catalog: Catalog, dataset: str, keys: IntArray) -> Affected:
     """Find the models that learned from samples."""
     with catalog.read() as connection:
-        origins = origins_of(connection, dataset=dataset)
-        trainings = {one.training for one in origins if one.training is not None}
-        found = uses(catalog.root, trainings, keys)
-        direct: dict[str, int] = {}
-        for one in origins:
-            if one.training in found:
-                direct[one.model] = max(found[one.training], direct.get(one.model, 0))
-        through = sorted(reachable(connection, direct, up=False) - direct.keys())
+        return _affected(connection, catalog, dataset, keys)
+
+
+def _affected(connection: sa.Connection, catalog: Catalog, dataset: str, keys: IntArray) -> Affected:
+    origins = origins_of(connection, dataset=dataset)
+    trainings = {one.training for one in origins if one.training is not None}
+    found = uses(catalog.root, trainings, keys)
+    direct: dict[str, int] = {}
+    for one in origins:
+        if one.training in found:
+            direct[one.model] = max(found[one.training], direct.get(one.model, 0))
+    through = sorted(reachable(connection, direct, up=False) - direct.keys())
     return Affected(dataset, keys, direct, tuple(through), found)
 
 
@@ -148,22 +152,24 @@ class Erasure(Shown):
 
 def plan(catalog: Catalog, workshop: Workshop, affected: Affected) -> Erasure:
     """Say what has to be done."""
-    with catalog.read() as connection:
-        origins = origins_of(connection, set(affected))
     saved: set[str] = set()
     again = []
     seconds = 0.0
-    for one in origins:
+    for one in _origins(catalog, affected):
         tainted = [parent for parent in one.parents if parent in affected]
-        if workshop.can_build(one) and saved.issuperset(tainted):
-            saved.add(one.model)
-            used = affected.trainings.get(one.training, 0) if one.training else 0
-            if used or tainted:
-                again.append(one)
-                seconds += one.seconds * (1 - used / max(one.samples, 1))
-        elif not tainted:
-            saved.add(one.model)  # brought from elsewhere
+        if not workshop.can_build(one) or not saved.issuperset(tainted):
+            continue  # also one that was brought from elsewhere: who knows what it learned from?
+        saved.add(one.model)
+        used = affected.trainings.get(one.training, 0) if one.training else 0
+        if used or tainted:
+            again.append(one)
+            seconds += one.seconds * (1 - used / max(one.samples, 1))
     return Erasure(affected, tuple(again), tuple(sorted(set(affected) - saved)), seconds)
+
+
+def _origins(catalog: Catalog, affected: Affected) -> list[Origin]:
+    with catalog.read() as connection:
+        return parents_first(origins_of(connection, set(affected)))
 
 
 def erase(
@@ -174,20 +180,29 @@ def erase(
     Raises
     ------
     Conflict
-        When a run on the dataset is going, or models without a recipe would have to be removed and `drop` is False.
+        When a run on the dataset is going, models without a recipe would have to be removed and `drop` is False, or
+        models that learned from the samples came while others were made anew.
     """
     started_s = time.perf_counter()
     affected, keys = planned.affected, planned.affected.keys
-    _refuse_running(catalog, dataset.name)
+    with catalog.read() as connection:
+        _refuse_running(connection, dataset.name)
     if planned.blocked and not drop:
         raise Conflict(
             f"{len(planned.blocked)} affected models have no recipe and cannot be made anew: "
             f"{', '.join(map(short, planned.blocked))}; erase(keys, dry_run=False, drop=True) removes them"
         )
-    changes = _rebuild(catalog, workshop, planned)
+    origins = _origins(catalog, affected)
+    changes, blocked = _rebuild(workshop, planned, origins, drop=drop)
     judged = _judge(catalog, store, workshop, dataset, changes, keys)
-    tainted = {tensor for model in affected for tensor in store.manifest(model).values()}
     with catalog.write() as connection:
+        _refuse_running(connection, dataset.name)
+        now = _affected(connection, catalog, dataset.name, keys)
+        if set(now) != set(affected) or parents_first(origins_of(connection, set(now))) != origins:
+            raise Conflict(
+                "other models that learned from these samples came meanwhile, and nothing was erased yet; ask again: "
+                "what was rebuilt is remembered"
+            )
         removed = replace_models(connection, changes, judged, set(affected), dataset.name)
         of_dataset = list(connection.scalars(sa.select(runs.c.id).where(runs.c.dataset == dataset.name)))
     rewrite_selections(catalog.root, of_dataset, keys)
@@ -196,55 +211,62 @@ def erase(
     if len(left):
         dataset.delete(left)
     dataset.compact(erase=True)
-    free(store, tainted - _manifests(catalog, store))
+    free(store)
     catalog.scrub()
     return Erasure(
         affected,
         planned.origins,
-        planned.blocked,
+        blocked,
         planned.estimated_s,
         rebuilt=successors(changes),
         removed=tuple(sorted(removed)),
-        checks=_checks(catalog, store, dataset, keys, tainted, removed),
+        checks=_checks(catalog, store, dataset, keys, removed),
         seconds=time.perf_counter() - started_s,
     )
 
 
-def _refuse_running(catalog: Catalog, dataset: str) -> None:
+def _refuse_running(connection: sa.Connection, dataset: str) -> None:
     """Refuse while a run is going, which would bring the samples back."""
     going = runs.c.status.in_(["running", "paused"]), runs.c.heartbeat_ns > time.time_ns() - _FRESH_NS
-    with catalog.read() as connection:
-        found = connection.scalars(sa.select(runs.c.id).where(runs.c.dataset == dataset, *going)).all()
+    found = connection.scalars(sa.select(runs.c.id).where(runs.c.dataset == dataset, *going)).all()
     if found:
         raise Conflict(f"run {found[0]} on {dataset!r} is going; ws.run({found[0]!r}).cancel() it, or wait for it")
 
 
-def _rebuild(catalog: Catalog, workshop: Workshop, planned: Erasure) -> list[Change]:
-    """Make every affected model anew, parents first."""
+def _rebuild(
+    workshop: Workshop, planned: Erasure, origins: Sequence[Origin], *, drop: bool
+) -> tuple[list[Change], tuple[str, ...]]:
+    """Make every affected model anew, parents first; with `drop`, those whose recipes fail now are blocked, too."""
     affected, blocked = planned.affected, set(planned.blocked)
-    with catalog.read() as connection:
-        origins = origins_of(connection, set(affected))
     now: dict[tuple[str | None, str], str | None] = dict.fromkeys(((None, model) for model in blocked), None)
     changes = []
     for origin in watched(origins, "rebuild"):
         at_last = [now.get((origin.run, p), now.get((None, p), p)) for p in origin.parents]
         parents = tuple(parent for parent in at_last if parent is not None)
-        if parents == origin.parents and origin.training not in affected.trainings:
-            change = Change(origin, parents, None, clean=True)
-        elif blocked.intersection(origin.parents) or not workshop.can_build(origin):
+        if blocked.intersection(origin.parents) or not workshop.can_build(origin):
             change = Change(origin, parents, None)
+        elif parents == origin.parents and origin.training not in affected.trainings:
+            change = Change(origin, parents, None, clean=True)
         elif origin.training is None and len(parents) < len(at_last):
             change = Change(origin, parents, None)  # made from what is no more
         else:
-            change = Change(origin, parents, workshop.build(origin, parents, affected.keys))
+            try:
+                change = Change(origin, parents, workshop.build(origin, parents, affected.keys))
+            except CannotBuildError as error:
+                if not drop:
+                    raise Conflict(f"{error}; erase(keys, dry_run=False, drop=True) removes it") from error
+                change = Change(origin, parents, None)
+                blocked.add(origin.model)
+        if change.model is not None:
+            blocked.discard(origin.model)
         after = change.model
-        if after is None and origin.training is not None and parents:
+        if after is None and origin.training is not None and parents and origin.model not in blocked:
             after = parents[0]  # without samples it would have stayed as it was
         for place in (origin.run, None):
             if after is not None or (place, origin.model) not in now:  # one that can be made again is enough
                 now[place, origin.model] = after
         changes.append(change)
-    return changes
+    return changes, tuple(sorted(blocked))
 
 
 def _judge(
@@ -273,9 +295,7 @@ def _judge(
     return judged
 
 
-def _checks(
-    catalog: Catalog, store: ModelStore, dataset: Dataset, keys: IntArray, tainted: set[str], removed: set[str]
-) -> dict[str, int]:
+def _checks(catalog: Catalog, store: ModelStore, dataset: Dataset, keys: IntArray, removed: set[str]) -> dict[str, int]:
     """Look for what should be gone, in what is there now."""
     with catalog.read() as connection:
         there = set(connection.scalars(sa.select(models.c.id)))
@@ -287,12 +307,5 @@ def _checks(
         "samples listed in selections": listed,
         "models trained on them or on what comes from them": len(affected_by(catalog, dataset.name, keys)),
         "removed models in the store": len(removed & there),
-        "tensors of removed models in the store": len(store.tensors() & (tainted - _manifests(catalog, store))),
+        "tensors of removed models in the store": len(unneeded(store)),
     }
-
-
-def _manifests(catalog: Catalog, store: ModelStore) -> set[str]:
-    """Identities of the tensors of all models."""
-    with catalog.read() as connection:
-        there = list(connection.scalars(sa.select(models.c.id)))
-    return {tensor for model in there for tensor in store.manifest(model).values()}

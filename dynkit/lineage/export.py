@@ -1,6 +1,7 @@
 """The graph for other tools: networkx, GraphML, JSON (node-link) and Mermaid."""
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from dynkit.errors import InvalidInput, did_you_mean
 
 __all__ = ["save", "to_mermaid", "to_networkx"]
 
+_NO_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
 _FORMATS = (".graphml", ".json", ".mmd")
 
 
@@ -50,11 +52,9 @@ def save(graph: "nx.MultiDiGraph[str]", path: Path) -> None:
 
 
 def _flat(data: dict[str, Any]) -> dict[str, Any]:
-    """GraphML has no lists."""
-    return {
-        name: " ".join(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
-        for name, value in data.items()
-    }
+    """GraphML has no lists, and XML no control characters."""
+    texts = {n: v if isinstance(v, str) else ", ".join(v) for n, v in data.items() if isinstance(v, Sequence)}
+    return {**data, **{name: _NO_XML.sub("\N{REPLACEMENT CHARACTER}", text) for name, text in texts.items()}}
 
 
 def to_mermaid(graph: "nx.MultiDiGraph[str]") -> str:

@@ -1,6 +1,7 @@
 """A Lineage is what a workspace knows about its models; each method opens the catalog and asks one module."""
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ import torch
 
 from dynkit.catalog import Catalog
 from dynkit.data import Dataset, as_keys
-from dynkit.errors import InvalidInput, StorageError
+from dynkit.errors import InvalidInput, StorageError, check_whole
 from dynkit.lineage import (
     adding,
     bisection,
@@ -113,6 +114,7 @@ class Lineage:
 
     def log(self, limit: int | None = 50) -> Log:
         """List the newest models; None: all."""
+        check_whole("limit", 0 if limit is None else limit, 0)
         with self._catalog.read() as connection:
             return listing.log(connection, limit)
 
@@ -157,7 +159,7 @@ class Lineage:
         self,
         model: Model | Callable[..., Any],
         *,
-        parents: Sequence[str] = (),
+        parents: str | Iterable[str] = (),
         version_of: str | None = None,
         how: str = "added",
         name: str | None = None,
@@ -171,7 +173,7 @@ class Lineage:
         model : nn.Module, mapping of name to tensor, path of a safetensors file, or callable
             A function of the parents' states that returns a module or a state: it is called now, and again when a
             parent is updated.
-        parents : sequence of str
+        parents : str or iterable of str
             Models it was made from.
         version_of : str or None
             The model that it is the next version of.
@@ -191,12 +193,12 @@ class Lineage:
         ------
         InvalidInput, NotFound, Conflict
         """
-        made_from = [self._store.resolve(parent) for parent in parents]
+        made_from = [self._store.resolve(parent) for parent in _listed(parents)]
         before = [] if version_of is None else [self._store.resolve(version_of)]
         return adding.add(self._store, model, made_from, before=before, how=how, name=name, tags=tags, note=note)
 
     def add_group(
-        self, function: Callable[..., Any], *, parents: Sequence[str] = (), how: str = "made together"
+        self, function: Callable[..., Any], *, parents: str | Iterable[str] = (), how: str = "made together"
     ) -> dict[str, str]:
         """Store models that are made together, such as tasks that share a body; an update makes all of them anew.
 
@@ -204,7 +206,7 @@ class Lineage:
         ----------
         function : callable
             Of the parents' states; returns a mapping of any names to modules or states.
-        parents : sequence of str
+        parents : str or iterable of str
         how : str
             How they were made, for people.
 
@@ -213,7 +215,7 @@ class Lineage:
         dict
             The names, and the models' identities.
         """
-        made_from = [self._store.resolve(parent) for parent in parents]
+        made_from = [self._store.resolve(parent) for parent in _listed(parents)]
         return adding.add_group(self._store, function, made_from, how=how)
 
     def name(self, model: str, name: str, *, instead_of: str | None = None) -> None:
@@ -246,7 +248,7 @@ class Lineage:
         function: Callable[..., Any],
         *,
         name: str | None = None,
-        models: Iterable[str] = (),
+        models: str | Iterable[str] | None = None,
         pattern: str | None = None,
         tag: str | None = None,
         dataset: str | None = None,
@@ -260,7 +262,8 @@ class Lineage:
             ``(state) -> bool | number | None``, with a dataset ``(state, dataset)``; None: it cannot tell.
         name : str or None
             None takes the function's. An earlier test of this name is replaced.
-        models : iterable of str
+        models : str, iterable of str or None
+            An empty one: none yet.
         pattern : str or None
             Of names of models, such as ``"sentiment-*"``.
         tag : str or None
@@ -269,7 +272,7 @@ class Lineage:
         at_least : float or None
             A number passes from here on.
         """
-        chosen = tuple(self._store.resolve(model) for model in models)
+        chosen = None if models is None else tuple(self._store.resolve(model) for model in _listed(models))
         if dataset is not None:
             self._dataset(dataset).open()  # there?
         options = {"pattern": pattern, "tag": tag, "dataset": dataset, "at_least": at_least}
@@ -288,9 +291,8 @@ class Lineage:
             Names of tests, run on all of the models; None: those that apply to each.
         """
         with self._catalog.read() as connection:
-            given = [models] if isinstance(models, str) else models
-            found = None if given is None else {resolved(connection, model) for model in given}
-            wanted = [tests] if isinstance(tests, str) else None if tests is None else list(tests)
+            found = None if models is None else {resolved(connection, model) for model in _listed(models)}
+            wanted = None if tests is None else _listed(tests)
             pairs = testing.chosen(connection, found, wanted)
         return TestReport(tuple(testing.run(self._catalog, self._store, test, model) for model, test in pairs))
 
@@ -308,12 +310,19 @@ class Lineage:
         """
         chosen = self._test(test)
         with self._catalog.read() as connection:
-            passing = {resolved(connection, one) for one in ([good] if isinstance(good, str) else good)}
+            passing = {resolved(connection, one) for one in _listed(good)}
             failing = resolved(connection, bad)
             searched = graph.above(connection, {failing, *passing})
-        return bisection.bisect(
-            searched, passing, failing, lambda model: testing.run(self._catalog, self._store, chosen, model).passed
-        )
+        broken: list[str] = []
+
+        def passes(model: str) -> bool | None:
+            result = testing.run(self._catalog, self._store, chosen, model)
+            if result.error is not None:
+                broken.append(result.error)
+                return None
+            return testing.verdict(result)
+
+        return replace(bisection.bisect(searched, passing, failing, passes), errors=tuple(broken))
 
     def blame(self, test: str | Callable[..., Any], model: str, *, trainings: int = 20) -> Blame:
         """Find out why a model fails: which parent brought it along, or which samples.
@@ -396,7 +405,7 @@ class Lineage:
         new: str,
         *,
         dry_run: bool = True,
-        skip: Collection[str] | Callable[[str], bool] = (),
+        skip: str | Iterable[str] | Callable[[str], bool] = (),
         stop_on_failure: bool = True,
     ) -> Cascade:
         """Make all that comes from a model anew, from its new version; the old models stay, as earlier versions.
@@ -408,14 +417,14 @@ class Lineage:
         old, new : str
         dry_run : bool
             Only say what would be done, and how long it takes.
-        skip : collection of str or callable
+        skip : str, iterable of str or callable
             Models not to rebuild; what comes from nothing else stays, too.
         stop_on_failure : bool
             Do not go on from a new version that fails its tests.
         """
         with self._catalog.read() as connection:
             before, after = resolved(connection, old), resolved(connection, new)
-            left_out = skip if callable(skip) else {resolved(connection, model) for model in skip}
+            left_out = skip if callable(skip) else {resolved(connection, model) for model in _listed(skip)}
             planned = cascade.plan(connection, self._workshop, before, after, left_out)
         if dry_run:
             return planned
@@ -500,13 +509,11 @@ class Lineage:
         models : str, iterable of str or None
             None: all.
         """
-        wanted = [models] if isinstance(models, str) else models
-        return remotes.push(self._catalog, remote, wanted)
+        return remotes.push(self._catalog, remote, None if models is None else _listed(models))
 
     def pull(self, remote: str = "origin", models: str | Iterable[str] | None = None) -> Transfer:
         """Copy from a remote what is not here, as `push` does; its names are kept as ``<remote>/<name>``, too."""
-        wanted = [models] if isinstance(models, str) else models
-        return remotes.pull(self._catalog, remote, wanted)
+        return remotes.pull(self._catalog, remote, None if models is None else _listed(models))
 
     # ---- where a model belongs ----
 
@@ -519,11 +526,15 @@ class Lineage:
         limit : int
             Most candidates to return.
         """
-        state = adding.state_of(model)
+        state, _ = adding.state_of(model)
         placing.catch_up(self._catalog, self._store)
         identity = manifest_id({key: tensor_id(tensor) for key, tensor in state.items()})
         with self._catalog.read() as connection:
             return placing.place(connection, state, limit, identity)
+
+
+def _listed(given: str | Iterable[str]) -> list[str]:
+    return [given] if isinstance(given, str) else list(given)
 
 
 def _checked(keys: Any) -> IntArray:

@@ -6,7 +6,8 @@ node, and training may come back to a model that was there before: the graph may
 they are cut.
 """
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Hashable, Iterable, Mapping
+from typing import Any, TypeVar
 
 import networkx as nx
 import sqlalchemy as sa
@@ -91,9 +92,12 @@ def ages(connection: sa.Connection, some: Collection[str]) -> dict[str, tuple[in
     return {row.id: (row.created_ns, row.id) for row in connection.execute(query) if row.id in some}
 
 
-def acyclic(pairs: Iterable[tuple[str, str]], age: dict[str, tuple[int, str]]) -> "nx.DiGraph[str]":
+Node = TypeVar("Node", bound=Hashable)
+
+
+def acyclic(pairs: Iterable[tuple[Node, Node]], age: Mapping[Node, Any]) -> "nx.DiGraph[Node]":
     """Graph of these edges; inside a cycle, those that lead from a younger model to an older one are left out."""
-    graph: nx.DiGraph[str] = nx.DiGraph()
+    graph: nx.DiGraph[Node] = nx.DiGraph()
     graph.add_edges_from((parent, child) for parent, child in pairs if parent != child)
     for together in list(nx.strongly_connected_components(graph)):
         if len(together) > 1:

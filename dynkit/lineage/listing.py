@@ -8,7 +8,7 @@ from typing import Any
 import polars as pl
 import sqlalchemy as sa
 
-from dynkit.catalog import edges, evaluations, models, names, notes, origins, results, runs, triggers
+from dynkit.catalog import edges, evaluations, models, names, notes, origins, results, runs, tests, triggers
 from dynkit.lineage.display import Shown, cell, instant, short
 from dynkit.lineage.graph import reachable, versions
 from dynkit.lineage.origins import Origin, environment_of, origins_of
@@ -117,13 +117,11 @@ def search(connection: sa.Connection, text: str | None, tag: str | None, run: st
         )
     if tag is not None:
         chosen.append(sa.select(notes.c.model).where(notes.c.kind == "tag", notes.c.text == tag))
-    if run is not None or dataset is not None:
-        query = sa.select(triggers.c.model).join(runs, runs.c.id == triggers.c.run)
-        if run is not None:
-            query = query.where(sa.or_(runs.c.id == run, runs.c.name == run))
-        if dataset is not None:
-            query = query.where(runs.c.dataset == dataset)
-        chosen.append(query)
+    trained, again = (sa.select(one.c.model).join(runs, runs.c.id == one.c.run) for one in (triggers, origins))
+    if run is not None:
+        chosen.append(trained.where(sa.or_(runs.c.id == run, runs.c.name == run)))
+    if dataset is not None:
+        chosen.append(sa.union(trained.where(runs.c.dataset == dataset), again.where(runs.c.dataset == dataset)))
     query = sa.select(models.c.id).where(*(models.c.id.in_(one) for one in chosen))
     return log(connection, None, set(connection.scalars(query)))
 
@@ -224,6 +222,8 @@ def card(connection: sa.Connection, root: Path, model: str) -> Card:
         .order_by(evaluations.c.run, sa.func.min(evaluations.c.metric_index))
     )
     tested = sa.select(results.c.test, results.c.passed, results.c.value, results.c.dataset_version)
+    tested = tested.outerjoin(tests, tests.c.name == results.c.test)
+    tested = tested.where(sa.or_(tests.c.digest.is_(None), tests.c.digest == results.c.digest))  # of the code now
     by_metric = {"run": pl.String, "metric": pl.String, "mean": pl.Float64, "windows": pl.Int64}
     by_test = {"test": pl.String, "passed": pl.Boolean, "value": pl.Float64, "dataset_version": pl.Int64}
     return Card(

@@ -17,7 +17,6 @@ import networkx as nx
 import torch
 
 from dynkit.catalog import Catalog
-from dynkit.data import Dataset
 from dynkit.errors import Conflict, InvalidInput
 from dynkit.lineage import structure, testing
 from dynkit.lineage.adding import commit
@@ -154,12 +153,8 @@ def _judged(catalog: Catalog, state: State, relatives: set[str]) -> TestReport:
     """Run the tests that apply to any of the relatives on a state that is not stored."""
     with catalog.read() as connection:
         pairs = testing.covering(connection, sorted(relatives), testing.registered(connection))
-    judged = []
-    for test in {test.name: test for _, test in pairs}.values():
-        dataset = None if test.dataset is None else Dataset(catalog, test.dataset)
-        passed, value, error = testing.judge(test, state, dataset)
-        judged.append(testing.Result("merged", test.name, passed, value, error, 0.0, remembered=False))
-    return TestReport(tuple(judged))
+    tests = {test.name: test for _, test in pairs}.values()
+    return TestReport(tuple(testing.judged(catalog, test, "merged", state) for test in tests))
 
 
 def compare(base: State, a: State, b: State, flow: "nx.DiGraph[str]") -> tuple[str, dict[str, Any]]:

@@ -45,9 +45,11 @@ class Mean:
     def __call__(self, base: State, models: Sequence[State]) -> dict[str, torch.Tensor]:
         """Merge."""
         weights = self.weights or (1.0,) * len(models)
-        if len(weights) != len(models) or not sum(weights):
+        numbers = all(isinstance(weight, int | float) for weight in weights)
+        if not numbers or len(weights) != len(models) or not sum(weights):
             raise InvalidInput(f"weights={weights} must be one number for each of {len(models)} models, sum not 0")
         return _each(
+            [],
             models,
             lambda name, tensors: (
                 sum((w * t for w, t in zip(weights, tensors, strict=True)), start=torch.tensor(0.0)) / sum(weights)
@@ -77,7 +79,7 @@ class TaskArithmetic:
             start = _wide(base[name])
             return start + self.scale * sum((t - start for t in tensors), start=torch.zeros_like(start))
 
-        return _each(models, change)
+        return _each([base], models, change)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +116,7 @@ class Ties:
             count = (agreeing != 0).sum(0).clamp_min(1)
             return start + self.scale * agreeing.sum(0) / count
 
-        return _each(models, change)
+        return _each([base], models, change)
 
 
 def _largest(change: torch.Tensor, density: float) -> torch.Tensor:
@@ -159,13 +161,13 @@ def same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
 
 
 def _wide(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return tensor.float() if tensor.dtype.itemsize < 4 else tensor  # torch promotes no bytes
 
 
-def _each(models: Sequence[State], change: Any) -> dict[str, torch.Tensor]:
-    """Apply `change` to every floating-point tensor of models of one structure."""
+def _each(bases: Sequence[State], models: Sequence[State], change: Any) -> dict[str, torch.Tensor]:
+    """Apply `change` to every floating-point tensor of models of one structure, which the bases have, too."""
     first = models[0]
-    for other in models[1:]:
+    for other in (*bases, *models[1:]):
         if {n: t.shape for n, t in first.items()} != {n: t.shape for n, t in other.items()}:
             raise InvalidInput("the models have tensors of different names or shapes; merge those of one structure")
     return {

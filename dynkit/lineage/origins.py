@@ -6,18 +6,20 @@ A trigger's origin is its row in `triggers`, its run's declaration and its store
 
 import json
 import platform
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import networkx as nx
 import sqlalchemy as sa
 
 from dynkit.catalog import origins, runs, triggers
+from dynkit.lineage.graph import acyclic
 
-__all__ = ["Origin", "environment_of", "facts", "insert_origin", "origins_of"]
+__all__ = ["Origin", "environment_of", "facts", "insert_origin", "origins_of", "parents_first"]
 
 _FEW = 500
 _PACKAGES = ("dynkit", "torch", "numpy", "polars")
@@ -118,6 +120,20 @@ def origins_of(
     if models is not None:
         found = [origin for origin in found if origin.model in models]
     return sorted(found, key=lambda one: (one.created_ns, one.run or "", one.index or 0, one.number or 0))
+
+
+def parents_first(found: Sequence[Origin]) -> list[Origin]:
+    """Sort origins so that those of its parents come before each one, whatever clocks they were made by.
+
+    Where trainings came back to a model that was there before, the order of time, as given, says what was first.
+    """
+    makes: dict[str, list[int]] = {}
+    for i, one in enumerate(found):
+        makes.setdefault(one.model, []).append(i)
+    pairs = ((i, j) for j, one in enumerate(found) for parent in one.parents for i in makes.get(parent, ()))
+    graph = acyclic(pairs, {i: i for i in range(len(found))})
+    graph.add_nodes_from(range(len(found)))
+    return [found[i] for i in nx.lexicographical_topological_sort(graph)]
 
 
 def _of_trigger(row: Any) -> Origin:

@@ -29,6 +29,7 @@ _PROBES = 64  # shared tensors to look for
 _MOST = 200  # candidates to rank
 _AT_ONCE = 400  # values in one query
 _STRUCTURE_WEIGHT = 0.2  # equal structure alone says little: anyone may use an architecture
+_PACKED = {torch.float4_e2m1fn_x2}  # several numbers a byte, which torch cannot take apart
 _STEP = np.uint64(0x9E3779B97F4A7C15)
 
 State = Mapping[str, torch.Tensor]
@@ -95,7 +96,7 @@ def sketch(state: State) -> "np.ndarray[Any, np.dtype[np.float32]]":
     M. Charikar, K. Chen, M. Farach-Colton, "Finding frequent items in data streams", ICALP 2002, section 3: each
     value is added, with a random sign, to one of the sums.
     """
-    floating = {name: t for name, t in state.items() if t.is_floating_point() and t.numel()}
+    floating = {name: t for name, t in state.items() if t.is_floating_point() and t.numel() and t.dtype not in _PACKED}
     large = {name: t for name, t in floating.items() if t.ndim > 1}
     sums = np.zeros(_DIMENSIONS)
     for name, tensor in (large or floating).items():
@@ -108,7 +109,8 @@ def sketch(state: State) -> "np.ndarray[Any, np.dtype[np.float32]]":
         signs = np.where(bits & np.uint64(_DIMENSIONS), 1.0, -1.0)
         weights = np.nan_to_num(values, posinf=0.0, neginf=0.0) * signs * np.sqrt(n / len(places))
         sums += np.bincount((bits % np.uint64(_DIMENSIONS)).astype(np.int64), weights, _DIMENSIONS)
-    return sums.astype(np.float32)
+    with np.errstate(over="ignore"):
+        return sums.astype(np.float32)
 
 
 def _bands(sketched: "np.ndarray[Any, Any]") -> list[int]:

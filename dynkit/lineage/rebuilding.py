@@ -17,9 +17,9 @@ import sqlalchemy as sa
 import torch
 from blake3 import blake3
 
-from dynkit.catalog import Catalog, edges, insert_missing, origins, recipes, upsert
+from dynkit.catalog import Catalog, edges, insert_missing, models, origins, recipes, upsert
 from dynkit.data import Dataset, Version
-from dynkit.errors import InvalidInput, NotFound
+from dynkit.errors import Conflict, DynkitError, InvalidInput, NotFound, StorageError
 from dynkit.evaluation.matrix import Scored
 from dynkit.lineage.operators import merged
 from dynkit.lineage.origins import Origin, origins_of
@@ -29,9 +29,14 @@ from dynkit.models import ModelStore
 from dynkit.time import IntArray
 from dynkit.types import Window
 
-__all__ = ["Built", "Recipe", "Workshop", "as_group", "as_state", "call", "link", "version_of"]
+__all__ = ["Built", "CannotBuildError", "Recipe", "Workshop", "as_group", "as_state", "call", "link", "version_of"]
 
 State = dict[str, torch.Tensor]
+_Training = tuple[Origin, tuple[str, ...], pl.DataFrame]  # with its parents, and samples
+
+
+class CannotBuildError(Conflict):
+    """A recipe that made a model once fails now."""
 
 
 class Recipe(Protocol):
@@ -124,8 +129,8 @@ class Workshop:
         self._store = store
         self._recipe = recipe
         self._recipes: dict[str, Recipe] = {}
-        self._trainings: dict[tuple[str, str], tuple[Origin, tuple[str, ...], pl.DataFrame]] = {}
-        self._optimizers: dict[tuple[str, str], Any] = {}
+        self._trainings: dict[tuple[str, str], _Training] = {}
+        self._optimizers: dict[str, tuple[str, Any]] = {}  # of each run the last model, and the state after it
 
     def recipe(self, run: str) -> Recipe:
         """Return the recipe of a run, loaded once."""
@@ -134,8 +139,12 @@ class Workshop:
         return self._recipes[run]
 
     def can_build(self, origin: Origin) -> bool:
-        """Whether there is a recipe: a training, a function or a merge."""
-        return origin.training is not None or origin.how in ("made", "merged")
+        """Whether there is a recipe (a training, a function or a merge), and all that it needs to come from."""
+        if origin.training is None and origin.how not in ("made", "merged"):
+            return False
+        with self._catalog.read() as connection:
+            there = set(connection.scalars(sa.select(models.c.id).where(models.c.id.in_(origin.parents))))
+        return there.issuperset(origin.parents)
 
     def build(self, origin: Origin, parents: tuple[str, ...], leave_out: IntArray | None = None) -> Built | None:
         """Make the model of an origin with these parents and without these samples, and store it.
@@ -154,7 +163,21 @@ class Workshop:
         -------
         Built or None
             None when no samples are left.
+
+        Raises
+        ------
+        CannotBuildError
+            Names the model and what its recipe raised.
         """
+        try:
+            return self._built(origin, parents, leave_out)
+        except StorageError:
+            raise
+        except Exception as error:
+            cause = str(error) if isinstance(error, DynkitError) else f"{type(error).__name__}: {error}"
+            raise CannotBuildError(f"model {origin.model[:12]} cannot be made anew: {cause}") from error
+
+    def _built(self, origin: Origin, parents: tuple[str, ...], leave_out: IntArray | None) -> Built | None:
         if origin.training is None:
             identity = _identity(origin, parents, "")
             return self._known(identity, "", 0) or self._made(identity, origin, parents)
@@ -199,31 +222,45 @@ class Workshop:
 
     def train(self, origin: Origin, parents: tuple[str, ...], chosen: pl.DataFrame) -> Any:
         """Train as the run did; the outcome is not stored."""
+        carried = None
+        if parents and self.recipe(str(origin.run)).carries:
+            carried = self._optimizer(str(origin.run), parents[0])
+        return self._outcome(origin, parents, chosen, carried)
+
+    def _outcome(self, origin: Origin, parents: tuple[str, ...], chosen: pl.DataFrame, carried: Any) -> Any:
         assert origin.run is not None and origin.index is not None
         assert origin.dataset is not None and origin.dataset_version is not None
         version = version_of(Dataset(self._catalog, origin.dataset), origin.dataset_version).open()
         parent = self._store.load(parents[0]) if parents else None
-        recipe = self.recipe(origin.run)
-        carried = self._optimizer(origin.run, parents[0]) if parents and recipe.carries else None
-        return recipe.train(origin.index, version, chosen, parent, carried)
+        return self.recipe(origin.run).train(origin.index, version, chosen, parent, carried)
 
     def _optimizer(self, run: str, model: str) -> Any:
-        """State of the optimizer after a model's training in a run; where it is not known, by training it again."""
-        if (run, model) not in self._optimizers:
-            with self._catalog.read() as connection:
-                made = [one for one in origins_of(connection, {model}) if one.run == run and one.number is None]
-            if (run, model) in self._trainings:
-                origin, parents, chosen = self._trainings[run, model]
-            elif made and made[0].training is not None:
-                origin, parents, chosen = (
-                    made[0],
-                    made[0].parents,
-                    read_selection(self._catalog.root, *made[0].training),
-                )
-            else:
-                return None  # the model is not from this run
-            self._optimizers[run, model] = self.train(origin, parents, chosen).carried
-        return self._optimizers[run, model]
+        """State of the optimizer after a model's training in a run; where it is not known, by all trainings before."""
+        known, carried = self._optimizers.get(run, ("", None))
+        trainings: dict[str, _Training] = {}  # the last one first
+        at: str | None = model
+        while at is not None and at != known and at not in trainings:
+            training = self._training(run, at)
+            if training is None:
+                break  # the model is not from this run
+            trainings[at] = training
+            at = next(iter(training[1]), None)
+        carried = carried if at is not None and at == known else None
+        for origin, parents, chosen in reversed(trainings.values()):
+            carried = self._outcome(origin, parents, chosen, carried).carried
+        self._optimizers[run] = model, carried
+        return carried
+
+    def _training(self, run: str, model: str) -> _Training | None:
+        """How a model was trained in a run: here, or by what is recorded of it."""
+        if (run, model) in self._trainings:
+            return self._trainings[run, model]
+        with self._catalog.read() as connection:
+            found = [one for one in origins_of(connection, {model}) if one.run == run and one.training is not None]
+        for one in sorted(found, key=lambda one: one.number is not None):  # what the run did itself comes first
+            assert one.training is not None
+            return one, one.parents, read_selection(self._catalog.root, *one.training)
+        return None
 
     def _trained(self, identity: str, origin: Origin, parents: tuple[str, ...], chosen: pl.DataFrame) -> Built:
         started_s = time.perf_counter()
@@ -232,7 +269,7 @@ class Workshop:
         seconds = time.perf_counter() - started_s
         built = Built("", content(chosen), chosen["key"].n_unique(), seconds, details)
         built = self._remember(identity, parents, outcome.state, built)
-        self._optimizers[str(origin.run), built.model] = outcome.carried
+        self._optimizers[str(origin.run)] = built.model, outcome.carried
         return built
 
     def _remember(self, identity: str, parents: tuple[str, ...], state: State, built: Built) -> Built:

@@ -10,6 +10,7 @@ as everywhere, run only when somebody asks to build or test.
 """
 
 import dataclasses
+import json
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -44,7 +45,7 @@ from dynkit.models import ModelStore
 from dynkit.models.records import resolved
 from dynkit.models.writing import key_of
 
-__all__ = ["Transfer", "add_remote", "check", "pull", "push"]
+__all__ = ["Transfer", "add_remote", "check_clone", "pull", "push"]
 
 _FEW = 500  # ids that one query may list
 
@@ -100,24 +101,35 @@ def add_remote(catalog: Catalog, name: str, location: str | PathLike[str]) -> No
     ------
     InvalidInput, NotFound, StorageError
     """
-    if not name or "/" in name:
+    if not isinstance(name, str) or not name or "/" in name:
         raise InvalidInput(f"remote name {name!r} must be text without '/', such as 'origin'")
-    url = Bucket(str(location)).url if is_url(location) else str(Catalog.existing(location).root)
+    url = _url(location)
     with catalog.write() as connection:
         upsert(connection, remotes, {"name": name, "url": url})
 
 
-def check(location: str | PathLike[str]) -> None:
-    """Make sure that there is a workspace.
+def check_clone(source: str | PathLike[str], path: str | PathLike[str]) -> None:
+    """Make sure that there is a workspace, and at `path` none, or one that began as a clone of it.
 
     Raises
     ------
-    NotFound, StorageError
+    NotFound, StorageError, Conflict
     """
-    if is_url(location):
-        Bucket(str(location)).check()
-    else:
-        Catalog.existing(location)
+    if is_url(source):
+        Bucket(str(source)).check()
+    url = _url(source)
+    try:
+        there = Catalog.existing(path)
+    except NotFound:
+        return
+    with there.read() as connection:
+        origin = connection.scalar(sa.select(remotes.c.url).where(remotes.c.name == "origin"))
+    if origin != url:
+        raise Conflict(f"there is a workspace at {there.root} already; pull from {source} there, or clone elsewhere")
+
+
+def _url(location: str | PathLike[str]) -> str:
+    return Bucket(str(location)).url if is_url(location) else str(Catalog.existing(location).root)
 
 
 def push(catalog: Catalog, remote: str, wanted: Iterable[str] | None) -> Transfer:
@@ -207,7 +219,14 @@ def _transfer(source: Catalog, target: Catalog, job: _Job, save: Callable[[], No
         keys = {key_of(bytes.fromhex(identity)): name for name, identity in manifest.items()}
         size_bytes = sum(state[keys[key]].nbytes for key in keys.keys() - stored)
         stored |= keys.keys()
-        n_edges = _copy(there, model, state, _facts(source, {model}), [p for p in parents[model] if p in known])
+        n_edges = _copy(
+            there,
+            model,
+            state,
+            here.metadata(model),
+            _facts(source, {model}),
+            [p for p in parents[model] if p in known],
+        )
         known.add(model)
         job.copied.append(_Copy(model, size_bytes, n_edges))
         save()
@@ -230,7 +249,12 @@ def _transfer(source: Catalog, target: Catalog, job: _Job, save: Callable[[], No
 
 
 def _copy(
-    store: ModelStore, model: str, state: dict[str, torch.Tensor], facts: "_Facts", parents: Sequence[str]
+    store: ModelStore,
+    model: str,
+    state: dict[str, torch.Tensor],
+    metadata: dict[str, Any],
+    facts: "_Facts",
+    parents: Sequence[str],
 ) -> int:
     """Store a model with what belongs to it; return the number of its edges."""
     written: list[int] = []
@@ -244,7 +268,7 @@ def _copy(
         connection.execute(sa.update(models).where(models.c.id == model).values(**values))
         written.append(_write(connection, facts))
 
-    put(store, state, also, parents)
+    put(store, state, also, parents, metadata=metadata)
     return written[-1]
 
 
@@ -269,6 +293,7 @@ def _facts(catalog: Catalog, some: set[str]) -> _Facts:
                 query = query.where(column.in_(some))
             return [row._asdict() for row in connection.execute(query) if row._asdict()[column.name] in some]
 
+        others = tuple(f"{remote}/" for remote in connection.scalars(sa.select(remotes.c.name)))  # names that they gave
         codes = {row["id"]: row["code"] for row in rows(origins, origins.c.model)}
         return _Facts(
             {row["id"]: row["created_ns"] for row in rows(models, models.c.id)},
@@ -276,7 +301,7 @@ def _facts(catalog: Catalog, some: set[str]) -> _Facts:
             rows(notes, notes.c.model),
             [(one, codes.get(one.number)) for one in origins_of(connection, some)],
             rows(results, results.c.model, results.c.dataset_version == 0),  # versions of datasets differ elsewhere
-            {row["name"]: row["model"] for row in rows(names, names.c.model) if "/" not in row["name"]},
+            {row["name"]: row["model"] for row in rows(names, names.c.model) if not row["name"].startswith(others)},
         )
 
 
@@ -307,7 +332,7 @@ def _told(origin: Origin) -> Origin:
 
 
 def _key(origin: Origin) -> tuple[Any, ...]:
-    return origin.model, origin.how, origin.parents, origin.training, origin.digest
+    return origin.model, origin.how, origin.parents, origin.training, origin.digest, json.dumps(origin.recipe)
 
 
 def _copy_tests(connection: sa.Connection, source: Catalog) -> None:

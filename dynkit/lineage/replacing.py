@@ -1,17 +1,29 @@
 """Put models in the place of others, everywhere in the catalog, in one transaction."""
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import sqlalchemy as sa
 
-from dynkit.catalog import edges, evaluations, events, insert_missing, models, names, notes, origins, runs, triggers
+from dynkit.catalog import (
+    edges,
+    evaluations,
+    events,
+    insert_missing,
+    models,
+    names,
+    notes,
+    origins,
+    runs,
+    tests,
+    triggers,
+)
 from dynkit.lineage.origins import Origin
 from dynkit.lineage.rebuilding import Built, link
 
-__all__ = ["Change", "replace_models", "successors"]
+__all__ = ["Change", "follow", "replace_models", "successors"]
 
 
 @dataclass(frozen=True)
@@ -70,14 +82,17 @@ def replace_models(
             _replace_origin(connection, change)
     for run, rows in judged.items():
         connection.execute(sa.delete(evaluations).where(evaluations.c.run == run))
-        connection.execute(sa.insert(evaluations), rows)
+        if rows:
+            connection.execute(sa.insert(evaluations), rows)
     connection.execute(sa.update(runs).where(runs.c.dataset == dataset).values(state=None))
     kept = _with_origin(connection, affected)
     gone = affected - kept
     _replace_edges(connection, now, gone, changed_runs)
+    follow(connection, now, gone)
     for model in sorted(gone):
         _remove(connection, model, now.get(model))
     for run in changed_runs:
+        _retell(connection, run, [change for change in changes if change.origin.run == run and not change.clean])
         count = sum(change.origin.run == run and not change.clean for change in changes)
         _tell(connection, run, {"models": count})
     return gone
@@ -144,6 +159,17 @@ def _replace_edges(
             before = model
 
 
+def follow(connection: sa.Connection, now: Mapping[str, str | None], gone: Collection[str] = ()) -> None:
+    """Let tests of models given one by one apply to those in their places, and not to those that are gone."""
+    for test, scope in connection.execute(sa.select(tests.c.name, tests.c.scope)).all():
+        listed = scope["models"] or ()
+        new = [now[model] for model in listed if now.get(model)]
+        models = list(dict.fromkeys([*(model for model in listed if model not in gone), *new]))
+        if models != list(listed):
+            changed = sa.update(tests).where(tests.c.name == test)
+            connection.execute(changed.values(scope={**scope, "models": models}))
+
+
 def _remove(connection: sa.Connection, model: str, instead: str | None) -> None:
     """Delete a model; names, tags and notes go to the one that is there instead, if any."""
     if instead is not None:
@@ -154,6 +180,24 @@ def _remove(connection: sa.Connection, model: str, instead: str | None) -> None:
     for table in (names, evaluations):
         connection.execute(sa.delete(table).where(table.c.model == model))
     connection.execute(sa.delete(models).where(models.c.id == model))
+
+
+def _retell(connection: sa.Connection, run: str, changes: Iterable[Change]) -> None:
+    """Rewrite the events that hold what was learned: of trainings, and what triggers saw."""
+    connection.execute(sa.delete(events).where(events.c.run == run, events.c.kind == "decided"))
+    built = {change.origin.index: change.built for change in changes if change.origin.number is None}
+    trained = sa.select(events.c.seq, events.c.data).where(events.c.run == run, events.c.kind == "trained")
+    for seq, data in connection.execute(trained).all():
+        if data["index"] not in built:
+            continue
+        row = sa.and_(events.c.run == run, events.c.seq == seq)
+        new = built[data["index"]]
+        if new is None:
+            connection.execute(sa.delete(events).where(row))
+            continue
+        again = {"index": data["index"], "samples": new.samples, "seconds": round(new.seconds, 4)}
+        report = new.details.get("report") or [{}]
+        connection.execute(sa.update(events).where(row).values(data={**again, **report[-1], "model": new.model}))
 
 
 def _tell(connection: sa.Connection, run: str, data: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ import sqlalchemy as sa
 
 from dynkit.models import ModelStore
 
-__all__ = ["free", "put"]
+__all__ = ["free", "put", "unneeded"]
 
 
 def put(
@@ -16,17 +16,24 @@ def put(
     also: Callable[[sa.Connection, str], None],
     parents: Sequence[str] = (),
     name: str | None = None,
+    metadata: Mapping[str, Any] | None = None,
 ) -> str:
     """Store a model, and what belongs to it in the same transaction."""
-    return store.put(state, parents, name, also=also)
+    return store.put(state, parents, name, metadata, also=also)
 
 
-def free(store: ModelStore, unwanted: set[str]) -> None:
-    """Remove the tensors that no model has, so that the bytes of the `unwanted` ones are nowhere.
+def free(store: ModelStore) -> None:
+    """Remove the tensors that no model has, so that their bytes are nowhere.
 
     Where another tensor is stored as a difference from one of them, all are stored anew.
     """
     store.gc(grace_s=0, garbage=0)
-    if store.tensors() & unwanted:
+    if unneeded(store):
         store.repack()
         store.gc(grace_s=0, garbage=0)
+
+
+def unneeded(store: ModelStore) -> set[str]:
+    """Identities of the stored tensors that no model has."""
+    found = store.tensors()
+    return found - {tensor for model in store for tensor in store.manifest(model).values()}

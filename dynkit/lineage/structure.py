@@ -60,15 +60,18 @@ def _traced(traced: fx.GraphModule) -> "nx.DiGraph[str]":
     """Contract the operations between layers."""
     graph: nx.DiGraph[str] = nx.DiGraph()
     reach: dict[fx.Node, set[str]] = {}  # the last layers whose output is in a value
+    weights: set[fx.Node] = set()  # values that are made of tensors of the module only
     for node in traced.graph.nodes:
-        before = set().union(*(reach[one] for one in node.all_input_nodes))
-        if node.op not in ("call_module", "get_attr"):
-            reach[node] = before
-            continue
-        layer = str(node.target) if node.op == "call_module" else layer_of(str(node.target))
-        graph.add_node(layer)
-        graph.add_edges_from((one, layer) for one in before if one != layer)
-        reach[node] = {layer}
+        inputs = node.all_input_nodes
+        before = set().union(*(reach[one] for one in inputs if one not in weights))
+        after = set().union(*(reach[one] for one in inputs if one in weights))  # an operation that is part of a layer
+        if node.op in ("call_module", "get_attr"):
+            after = {str(node.target) if node.op == "call_module" else layer_of(str(node.target))}
+        if node.op == "get_attr" or (node.op != "call_module" and inputs and weights.issuperset(inputs)):
+            weights.add(node)
+        graph.add_nodes_from(after)
+        graph.add_edges_from((one, layer) for one in before for layer in after if one != layer)
+        reach[node] = after or before
     return graph
 
 

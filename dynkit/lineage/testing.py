@@ -31,10 +31,11 @@ __all__ = [
     "as_test",
     "chosen",
     "covering",
-    "judge",
+    "judged",
     "register",
     "registered",
     "run",
+    "verdict",
 ]
 
 State = Mapping[str, torch.Tensor]
@@ -51,7 +52,7 @@ class ModelTest:
         Pickled.
     digest : str
         Identity of the function and its limit.
-    models : tuple of str
+    models : tuple of str or None
     pattern : str or None
     tag : str or None
     dataset : str or None
@@ -61,7 +62,7 @@ class ModelTest:
     name: str
     function: bytes
     digest: str
-    models: tuple[str, ...] = ()
+    models: tuple[str, ...] | None = None
     pattern: str | None = None
     tag: str | None = None
     dataset: str | None = None
@@ -144,8 +145,12 @@ def as_test(function: Callable[..., Any], name: str | None = None, **options: An
     """
     if not callable(function):
         raise InvalidInput(f"{function!r} is no test; pass a function of a model's state, or the name of a test")
-    if (least := options.get("at_least")) is not None and not math.isfinite(least):
+    least = options.get("at_least")
+    if least is not None and not (isinstance(least, int | float) and math.isfinite(least)):
         raise InvalidInput(f"at_least={least!r} must be a number that a result can reach")
+    for option in ("pattern", "tag", "dataset"):
+        if not isinstance(options.get(option), str | None):
+            raise InvalidInput(f"{option}={options[option]!r} must be text")
     try:
         pickled = bytes(cloudpickle.dumps(function))
     except Exception as error:
@@ -179,7 +184,7 @@ def registered(connection: sa.Connection, only: Collection[str] | None = None) -
             row.name,
             row.function,
             row.digest,
-            tuple(row.scope["models"]),
+            None if row.scope["models"] is None else tuple(row.scope["models"]),
             row.scope["pattern"],
             row.scope["tag"],
             row.dataset,
@@ -215,10 +220,10 @@ def covering(
     tagged = set(map(tuple, connection.execute(sa.select(notes.c.model, notes.c.text).where(notes.c.kind == "tag"))))
 
     def applies(test: ModelTest, model: str) -> bool:
-        if not (test.models or test.pattern or test.tag):
+        if test.models is None and test.pattern is None and test.tag is None:
             return True
         return (
-            model in test.models
+            model in (test.models or ())
             or (test.pattern is not None and any(fnmatch.fnmatchcase(n, test.pattern) for n in called.get(model, ())))
             or (test.tag is not None and (model, test.tag) in tagged)
         )
@@ -229,34 +234,62 @@ def covering(
 
 def run(catalog: Catalog, store: ModelStore, test: ModelTest, model: str) -> Result:
     """Test a model, unless it is known what comes out."""
-    dataset = None if test.dataset is None else Dataset(catalog, test.dataset)
-    version = 0 if dataset is None else dataset.version
+    version = 0
+    if test.dataset is not None and test.dataset in Dataset.names(catalog):
+        version = Dataset(catalog, test.dataset).version
     key = {"model": model, "test": test.name, "digest": test.digest, "dataset_version": version}
     with catalog.read() as connection:
         query = sa.select(results).where(*(results.c[name] == value for name, value in key.items()))
         row = connection.execute(query).one_or_none()
     if row is not None:
         return Result(model, test.name, row.passed, row.value, row.error, row.seconds, remembered=True)
-    started_s = time.perf_counter()
-    passed, value, error = judge(test, store.load(model), None if dataset is None else dataset.at(version))
-    result = Result(model, test.name, passed, value, error, time.perf_counter() - started_s, remembered=False)
-    if error is None:  # what went wrong may not go wrong again
-        said = {"passed": passed, "value": value, "error": None, "seconds": result.seconds}
+    result = judged(catalog, test, model, store.load(model), version)
+    if result.error is None:  # what went wrong may not go wrong again
+        said = {"passed": result.passed, "value": result.value, "error": None, "seconds": result.seconds}
         with catalog.write() as connection:
             upsert(connection, results, {**key, **said})
     return result
 
 
-def judge(test: ModelTest, state: State, dataset: Dataset | None) -> tuple[bool | None, float | None, str | None]:
-    """Call a test: whether it passed, the number that it gave, what it raised."""
+def judged(catalog: Catalog, test: ModelTest, model: str, state: State, version: int | None = None) -> Result:
+    """Call a test with a model's state, and a version (None: the newest) of its dataset; nothing is remembered."""
+    started_s = time.perf_counter()
+    passed = value = error = None
     try:
-        function = cloudpickle.loads(test.function)
-        said = function(state) if dataset is None else function(state, dataset)
-        if said is None or isinstance(said, bool | np.bool_):
-            return None if said is None else bool(said), None, None
-        value = float(said)
-    except Exception as error:
-        return None, None, f"{test.name}: {type(error).__name__}: {error}"
+        passed, value = _called(catalog, test, state, version)
+    except Exception as raised:
+        error = f"{test.name}: {type(raised).__name__}: {raised}"
+    return Result(model, test.name, passed, value, error, time.perf_counter() - started_s, remembered=False)
+
+
+def _called(catalog: Catalog, test: ModelTest, state: State, version: int | None) -> tuple[bool | None, float | None]:
+    """Whether it passed, and the number that it gave."""
+    function = cloudpickle.loads(test.function)
+    if test.dataset is None:
+        said = function(state)
+    else:
+        dataset = Dataset(catalog, test.dataset)
+        said = function(state, dataset.at(dataset.version if version is None else version))
+    if isinstance(said, torch.Tensor) and said.dtype == torch.bool and said.numel() == 1:
+        said = said.item()
+    if said is None or isinstance(said, bool | np.bool_):
+        return None if said is None else bool(said), None
+    value = float(said)
     if math.isnan(value):
-        return None, None, None
-    return None if test.at_least is None else value >= test.at_least, value, None
+        return None if test.at_least is None else False, None
+    return None if test.at_least is None else value >= test.at_least, value
+
+
+def verdict(result: Result) -> bool | None:
+    """Whether a model passed, where that must be known to go on.
+
+    Raises
+    ------
+    InvalidInput
+        When the test broke, or measures and has no limit.
+    """
+    if result.error is not None:
+        raise InvalidInput(f"the test of model {result.model[:12]} broke: {result.error}")
+    if result.passed is None and result.value is not None:
+        raise InvalidInput(f"the test {result.test!r} measures; say what passes: register it with at_least=")
+    return result.passed

@@ -22,19 +22,15 @@ from dynkit.disk import read_at
 from dynkit.errors import StorageError
 from dynkit.models.encoding import Frame, Ref, decode
 from dynkit.models.packs import Pack, packs_at, read_pack
-from dynkit.models.shelf import Place, Shelf
+from dynkit.models.shelf import GoneError, Place, Shelf
 from dynkit.models.tensors import digest, raw
 
-__all__ = ["COST", "DEPTH", "GoneError", "Reader"]
+__all__ = ["COST", "DEPTH", "Reader"]
 
 DEPTH = 8
 COST = 3.0
 FREE_COST = 8.0
 _ATTEMPTS = 5
-
-
-class GoneError(StorageError):
-    """A tensor was removed by `gc`."""
 
 
 class Reader:

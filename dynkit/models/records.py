@@ -114,7 +114,12 @@ def check_name(name: str) -> None:
     ------
     InvalidInput
     """
-    if not isinstance(name, str) or not name or re.fullmatch("[0-9a-f]{64}", name):
+    if (
+        not isinstance(name, str)
+        or not name
+        or re.fullmatch("[0-9a-f]{64}", name)
+        or re.search("[\ud800-\udfff]", name)
+    ):
         raise InvalidInput(f"the name {name!r} must be a text, and not look like the identity of a model")
 
 

@@ -21,7 +21,12 @@ from dynkit.data.store import Remote, storage_errors
 from dynkit.errors import StorageError
 from dynkit.models.packs import Pack, PackFile
 
-__all__ = ["Place", "Recent", "Shelf"]
+__all__ = ["GoneError", "Place", "Recent", "Shelf"]
+
+
+class GoneError(StorageError):
+    """A tensor or a file was removed by `gc`."""
+
 
 Place = tuple[int, ...]  # a frame in a file, and when that was last changed
 
@@ -123,10 +128,29 @@ class Shelf:
             return connection.scalar(sa.select(packs.c.id).where(packs.c.file == file).limit(1)) is not None
 
     def publish(self, file: PackFile) -> None:
-        """Make a file durable and visible."""
-        file.finish()
+        """Make a file durable and visible.
+
+        Raises
+        ------
+        GoneError
+            When a `gc` that waits for nobody has removed it.
+        """
+        try:
+            file.finish()
+        except FileNotFoundError:
+            raise GoneError(f"{file.name} was removed while it was written") from None
         if self._remote is not None:
             self._remote.keep(self.folder, [file.name])
+
+    def check(self, file: PackFile) -> None:
+        """Make sure, in the transaction that refers to a file, that no `gc` has removed it.
+
+        Raises
+        ------
+        GoneError
+        """
+        if not (self.folder / file.name).exists():
+            raise GoneError(f"{file.name} was removed before it was committed")
 
     def discard(self, files: Iterable[str]) -> None:
         """Remove files for good."""

@@ -20,13 +20,13 @@ import sqlalchemy as sa
 import torch
 from torch.nn.parameter import is_lazy
 
-from dynkit.catalog import Catalog, edges, models, names, packs
+from dynkit.catalog import Catalog, edges, insert_missing, models, names, packs
 from dynkit.errors import Conflict, InvalidInput, StorageError
 from dynkit.models.encoding import Ref
 from dynkit.models.guard import Guard
-from dynkit.models.reading import GoneError, Reader
+from dynkit.models.reading import Reader
 from dynkit.models.records import Stored, resolved, stored
-from dynkit.models.shelf import Shelf
+from dynkit.models.shelf import GoneError, Shelf
 from dynkit.models.sizes import Stats, measured
 from dynkit.models.tensors import dtype_name, tensor_id
 from dynkit.models.upkeep import Damage, Freed, collect, inspect, rewrite
@@ -104,7 +104,7 @@ class ModelStore:
         StorageError
             When the disk refuses; nothing was committed.
         """
-        tensors = _tensors(state)
+        tensors = dense_tensors(state)
         kept = _json(metadata or {})
         given = [parents] if isinstance(parents, str) else parents
         ancestors = tuple(dict.fromkeys(self.resolve(parent) for parent in given))
@@ -197,7 +197,9 @@ class ModelStore:
             return iter(connection.scalars(query).all())
 
     def remove(self, model: str) -> None:
-        """Forget a model, its names and its edges; `gc` frees what no other model needs.
+        """Forget a model and its names; `gc` frees what no other model needs.
+
+        What was made from it comes from its parents then, and its next version follows the one before it.
 
         Raises
         ------
@@ -208,9 +210,10 @@ class ModelStore:
         try:
             with self._catalog.write() as connection:
                 connection.execute(sa.delete(names).where(names.c.model == identity))
+                _bridge(connection, identity)
                 connection.execute(sa.delete(edges).where((edges.c.child == identity) | (edges.c.parent == identity)))
                 connection.execute(sa.delete(models).where(models.c.id == identity))
-        except sa.exc.IntegrityError:
+        except Conflict:
             raise Conflict(f"the model {identity[:12]} belongs to a run, which needs it") from None
 
     def stats(self) -> Stats:
@@ -274,14 +277,7 @@ class ModelStore:
         metadata: Mapping[str, Any] | None = None,
     ) -> str:
         """Store the tensors of a safetensors file; its own metadata is kept, too. Otherwise as `put`."""
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, framework="pt") as file:
-                state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # no mapping
-                own = file.metadata() or {}
-        except (OSError, SafetensorError) as error:
-            raise InvalidInput(f"{os.fspath(path)} is not a safetensors file: {error}") from error
+        state, own = read_safetensors(path)
         return self.put(state, parents, name, {**own, **(metadata or {})})
 
     def export_safetensors(self, model: str, path: str | os.PathLike[str]) -> None:
@@ -339,8 +335,37 @@ class OpenModel(Mapping[str, torch.Tensor]):
         return f"OpenModel({self.id[:12]!r}, {len(self)} tensors, {self._model.raw_bytes:,} bytes)"
 
 
-def _tensors(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """Check that a state is dense tensors by name."""
+def _bridge(connection: sa.Connection, model: str) -> None:
+    """Join what leads to a model with what it leads to."""
+    before, after = edges.alias(), edges.alias()
+    over = sa.select(before.c.parent, after.c.child, before.c.kind).join(after, before.c.kind == after.c.kind)
+    over = over.where(before.c.child == model, after.c.parent == model, before.c.parent != after.c.child).distinct()
+    insert_missing(connection, edges, [{**row._asdict(), "run": ""} for row in connection.execute(over)])
+
+
+def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Read the tensors of a safetensors file, and its metadata.
+
+    Raises
+    ------
+    InvalidInput
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise InvalidInput(f"{os.fspath(path)} cannot be read as safetensors: {error}") from error
+
+
+def dense_tensors(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Check that a state is dense tensors by name.
+
+    Raises
+    ------
+    InvalidInput
+    """
     if not isinstance(state, Mapping):
         raise InvalidInput(
             f"a state is a mapping of name to tensor, not {type(state).__name__}; give module.state_dict()"

@@ -120,7 +120,8 @@ def collect(shelf: Shelf, grace_s: float, garbage: float) -> Freed:
             removed = _collect_once(shelf, garbage)
             if removed is not None:
                 break
-        shelf.discard(shelf.orphans(grace_s))
+        with shelf.catalog.write():  # so that no writer commits one in between
+            shelf.discard(shelf.orphans(grace_s))
         after, left = shelf.size_bytes(), len(shelf.sizes())
     return Freed(removed or 0, files - left, before - after)
 

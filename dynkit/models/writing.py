@@ -17,9 +17,9 @@ from dynkit.catalog import edges, insert_missing, packs, tensors
 from dynkit.errors import NotFound
 from dynkit.models.encoding import Frame, Ref, encode
 from dynkit.models.packs import Written
-from dynkit.models.reading import GoneError, Reader
+from dynkit.models.reading import Reader
 from dynkit.models.records import Stored, batched, insert_model, move_name, stored
-from dynkit.models.shelf import Shelf
+from dynkit.models.shelf import GoneError, Shelf
 from dynkit.models.tensors import manifest_id
 
 __all__ = ["Also", "Draft", "bases_of", "coded_tensor", "commit", "lineage_of", "related"]
@@ -93,6 +93,7 @@ def commit(shelf: Shelf, draft: Draft, also: Also | None) -> None:
         written = file.add((frame, data) for frame, data, _ in coded)
         shelf.publish(file)
         with shelf.catalog.write() as connection:
+            shelf.check(file)
             _still_there(shelf, connection, relied)
             pack = _insert_pack(connection, file.name, written)
             refs = {frame.id: (pack, slot) for slot, (frame, *_) in enumerate(coded)}
