@@ -1,6 +1,7 @@
 """The graph of models: questions about it, provenance, placement, names, notes and export."""
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -159,8 +160,17 @@ def test_what_people_bring_gets_its_place_name_tags_and_note(ws: dk.Workspace, t
         ws.lineage.add("missing.safetensors")
     with pytest.raises(NotFound):
         ws.lineage.add(weights(3), parents=["nobody"])
-    with pytest.raises(InvalidInput, match=r"tags=\['x'\]"):
+    with pytest.raises(InvalidInput, match="tags='x' must be a list of text"):
         ws.lineage.note(child, tags="x")
+
+
+def test_search_finds_what_a_cascade_trained_on_a_dataset(ws: dk.Workspace, dataset: dk.Dataset) -> None:
+    run = replayed(make_pipeline(dataset, training=dk.Training(epochs=1, warm_start=True)))
+    first = run.trained[0].model
+    new = ws.lineage.add({n: t + 1 for n, t in ws.models.load(first).items()}, version_of=first)
+    rebuilt = ws.lineage.cascade(first, new, dry_run=False).rebuilt
+    found = {one.model for one in ws.lineage.search(dataset="stream")}
+    assert found == {one.model for one in run.trained} | set(rebuilt.values())
 
 
 def test_search_finds_the_models_of_a_run_and_of_a_dataset(ws: dk.Workspace, dataset: dk.Dataset) -> None:
@@ -273,6 +283,40 @@ def test_the_graph_is_exported(ws: dk.Workspace, tmp_path: Path) -> None:
     assert "m0 --> m1" in chart and "m0 -.-> m1" in chart
     with pytest.raises(InvalidInput, match=r"'\.dot' is not known"):
         ws.lineage.save(tmp_path / "graph.dot")
+
+
+def test_what_is_given_wrongly_is_told(ws: dk.Workspace, tmp_path: Path) -> None:
+    base = ws.lineage.add(weights(0), name="base", tags=["odd \x01 tag"])
+    ws.lineage.save(tmp_path / "graph.graphml")
+    assert nx.read_graphml(tmp_path / "graph.graphml").nodes[base]["tags"] == "odd \N{REPLACEMENT CHARACTER} tag"
+    lock = threading.Lock()
+    for wrong, message in [
+        (lambda: ws.lineage.place({"model": weights(0), "epoch": 3}), "'model' is a dict"),
+        (lambda: ws.lineage.place({"w": torch.eye(3).to_sparse()}), "must be dense"),
+        (lambda: ws.lineage.add(lambda: {"w": lock}), "cannot be kept"),
+        (lambda: ws.lineage.add_group(lambda: {"w": lock}), "cannot be kept"),
+        (lambda: ws.lineage.add(weights(1), how=3), "must be text for people"),  # type: ignore[arg-type]
+        (lambda: ws.lineage.note(base, tags=[None]), "must be a list of text"),  # type: ignore[list-item]
+        (lambda: ws.lineage.name(base, "\ud800"), "must be a text"),
+        (lambda: ws.lineage.log(-1), "limit=-1 must be"),
+    ]:
+        with pytest.raises(InvalidInput, match=message):
+            wrong()
+    assert ws.lineage.ancestors(ws.lineage.add(weights(2), parents="base")) == {base}
+
+
+def test_tensors_that_torch_cannot_take_apart_are_placed(ws: dk.Workspace) -> None:
+    packed = torch.arange(8, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
+    model = ws.lineage.add({"w": packed, "huge": torch.full((4, 4), 1e300, dtype=torch.float64)})
+    assert ws.lineage.place({"w": packed, "x": torch.ones(2)})[0].model == model
+
+
+def test_a_model_removed_meanwhile_is_a_conflict(ws: dk.Workspace) -> None:
+    ws.lineage.add(weights(0), name="base")
+    path = ws.path
+    ws.lineage.register(lambda state: dk.Workspace(path).models.remove("base"), name="removes it")
+    with pytest.raises(Conflict, match="another process removed or added what this needs"):
+        ws.lineage.test()
 
 
 def test_looking_at_the_lineage_runs_no_user_code(ws: dk.Workspace, tmp_path: Path) -> None:

@@ -210,6 +210,14 @@ def test_operators_keep_the_type_and_refuse_other_shapes() -> None:
         Layers()(base, [one, two])
     with pytest.raises(InvalidInput, match="density"):
         Ties(density=0)
+    with pytest.raises(InvalidInput, match="must be one number for each of 2"):
+        Mean(("a", "b"))(base, [one, two])  # type: ignore[arg-type]
+    small = {"w": one["w"].to(torch.float8_e4m3fn)}
+    for operator in (TaskArithmetic(), Ties()):
+        assert operator(small, [small, small])["w"].float().equal(small["w"].float())
+        for other in ({}, {"w": torch.ones(1)}):  # a base that would be broadcast
+            with pytest.raises(InvalidInput, match="different names or shapes"):
+                operator(other, [one, two])
 
 
 # -- structure --
@@ -221,6 +229,33 @@ def test_the_flow_of_data_is_traced_through_operations_and_branches() -> None:
     assert graph.graph["traced"]
     assert connected(graph, ["left"], ["right"]) == []
     assert connected(graph, ["right"], ["body"]) == [("body", "right")]
+
+
+def test_layers_written_by_hand_see_what_they_are_given() -> None:
+    class Own(nn.Module):
+        def __init__(self, plain: bool) -> None:
+            super().__init__()
+            self.first = nn.Linear(3, 3)
+            self.scale = nn.Parameter(torch.ones(3))
+            self.second = nn.Linear(3, 3)
+            self.plain = plain
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            weight = torch.exp(self.scale) * 2  # of the module's own tensors only
+            x = self.first(x)
+            return self.second(x if self.plain else x * weight)
+
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.ones(3)), nn.Parameter(torch.zeros(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.rsqrt(x.pow(2).mean()) * x * self.weight + self.bias
+
+    assert set(flow(Own(plain=False)).edges) == {("first", ""), ("", "second")}
+    assert set(flow(Own(plain=True)).edges) == {("first", "second")}
+    assert set(flow(nn.Sequential(nn.Linear(3, 3), Normed(), nn.Linear(3, 3))).edges) == {("0", "1"), ("1", "2")}
 
 
 def test_what_cannot_be_traced_is_a_chain() -> None:
@@ -267,6 +302,17 @@ def test_the_tensor_diff_measures_what_numpy_does() -> None:
     assert rows["w"]["cosine"] == pytest.approx((x * y).sum() / np.linalg.norm(x) / np.linalg.norm(y))
     assert rows["w"]["rank"] == 2
     assert (rows["b"]["unchanged"], rows["b"]["rank"]) == (0.5, None)
+
+
+def test_complex_and_empty_tensors_are_compared() -> None:
+    a, b = torch.tensor([1 + 1j, 2 + 0j]), torch.tensor([1 + 5j, 2 + 0j])
+    row = diff_tensors({"w": a}, {"w": b}).row(0, named=True)
+    x, y = a.numpy(), b.numpy()
+    assert row["delta"] == np.linalg.norm(y - x) and row["unchanged"] == 0.5
+    assert np.isclose(row["cosine"], np.vdot(x, y).real / np.linalg.norm(x) / np.linalg.norm(y))
+    for shape in ((0, 3), (3, 0), (0,)):
+        empty = torch.zeros(shape)
+        assert diff_tensors({"w": empty}, {"w": empty.double()})["change"].to_list() == ["retyped"]
 
 
 def test_every_kind_of_change_is_told() -> None:

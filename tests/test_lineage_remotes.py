@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from streams import make_pipeline, replayed
+from streams import make_frame, make_pipeline, replayed
 
 import dynkit as dk
 from dynkit.errors import Conflict, InvalidInput, NotFound
@@ -107,6 +107,41 @@ def test_a_function_that_made_a_model_travels_with_it(shared: dk.Workspace, tmp_
     new = mine.lineage.add(big(3), version_of="main")
     done = mine.lineage.cascade("main", new, dry_run=False)
     assert mine.models.load(done.rebuilt[made])["body"].equal(big(3)["body"] * 2)
+
+
+def test_metadata_names_with_slashes_and_every_origin_travel(shared: dk.Workspace, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file(big(5), tmp_path / "own.safetensors", {"license": "MIT"})
+    model = shared.lineage.add(tmp_path / "own.safetensors", name="team/own", how="from the hub")
+    shared.lineage.add(big(5), how="from a colleague")
+    shared.lineage.add_remote("other", shared.path)
+    shared.lineage.name(model, "other/own")  # as a pull from there would call it
+    mine = dk.Workspace.clone(shared.path, tmp_path / "mine")
+    assert mine.models.metadata(model) == {"license": "MIT"}
+    assert mine.models.resolve("team/own") == mine.models.resolve("origin/team/own") == model
+    assert "other/own" not in mine.models.names()
+    assert [str(one) for one in mine.lineage.show(model).origins] == ["added: from the hub", "added: from a colleague"]
+
+
+def test_a_test_whose_dataset_is_elsewhere_could_not_run(shared: dk.Workspace, tmp_path: Path) -> None:
+    shared.ingest("stream", make_frame(10), timestamp="when", label="late")
+    shared.lineage.register(lambda state, samples: True, name="on data", dataset="stream")
+    shared.lineage.register(lambda state: True, name="plain")
+    mine = dk.Workspace.clone(shared.path, tmp_path / "mine")
+    report = mine.lineage.test()
+    assert {one.test for one in report if one.passed} == {"plain"}
+    assert all("no dataset 'stream'" in str(one.error) for one in report if one.test == "on data")
+
+
+def test_a_clone_goes_on_but_takes_no_other_workspace(shared: dk.Workspace, tmp_path: Path) -> None:
+    mine = dk.Workspace.clone(shared.path, tmp_path / "mine")
+    shared.lineage.add(big(7), name="new")
+    assert "new" in dk.Workspace.clone(shared.path, mine.path).models.names()
+    dk.Workspace(tmp_path / "third").lineage.add_remote("origin", mine.path)
+    for path in (tmp_path / "third", shared.path):
+        with pytest.raises(Conflict, match=r"there is a workspace at .* already; pull from"):
+            dk.Workspace.clone(shared.path, path)
 
 
 def test_wrong_remotes_are_refused(shared: dk.Workspace, tmp_path: Path) -> None:

@@ -206,6 +206,34 @@ def test_a_test_that_breaks_is_reported_and_not_remembered(ws: dk.Workspace) -> 
         assert not report.passed
 
 
+def test_what_a_test_says_counts_as_it_is_meant(ws: dk.Workspace) -> None:
+    base = ws.lineage.add({"w": torch.ones(2)}, name="base")
+    child = ws.lineage.add(lambda state: {"w": state["w"] * 200}, parents="base", name="child")
+    ws.lineage.register(lambda state: (state["w"] < 100).all(), name="small")  # a tensor
+    ws.lineage.register(lambda state: float("nan"), name="nan", at_least=0.5, models="child")
+    ws.lineage.register(lambda state: False, name="nowhere", models=[])
+    report = ws.lineage.test()
+    said = {(one.model, one.test): one.passed for one in report}
+    assert said == {(base, "small"): True, (child, "small"): False, (child, "nan"): False}
+    for options in ({"at_least": "0.9"}, {"tag": ["x"]}, {"pattern": 5}):
+        with pytest.raises(InvalidInput, match="must be"):
+            ws.lineage.register(lambda state: True, name="wrong", **options)  # type: ignore[arg-type]
+    assert len(ws.lineage.test()) == 3
+
+
+def test_what_breaks_while_looking_for_a_fault_is_told(ws: dk.Workspace) -> None:
+    base = ws.lineage.add({"w": torch.ones(2)})
+    middle, last = (ws.lineage.add({"w": torch.full((2,), value)}, parents=[base]) for value in (2.0, 3.0))
+    ws.lineage.add({"w": torch.full((2,), 3.0)}, parents=[middle])
+    found = ws.lineage.bisect(lambda state: state["typo"], [], last)
+    assert found.first is None
+    assert "the test broke 2 times: <lambda>: KeyError: 'typo'" in repr(found)
+    with pytest.raises(InvalidInput, match=r"measures; say what passes: register it with at_least="):
+        ws.lineage.bisect(lambda state: 0.3, base, last)
+    with pytest.raises(InvalidInput, match="broke: <lambda>: KeyError: 'typo'"):
+        ws.lineage.blame(lambda state: state["typo"], last)
+
+
 def poisoned(n: int = 1500, keys: range = range(640, 700)) -> pl.DataFrame:
     """The stream with some labels turned and features made large, which spoils what is trained on them."""
     bad = pl.int_range(pl.len()).is_in(list(keys))

@@ -21,8 +21,9 @@ from dynkit.disk import read_at
 from dynkit.errors import InvalidInput, NotFound, StorageError
 from dynkit.models import manifest_id, reading, tensor_id, writing
 from dynkit.models.encoding import decode
+from dynkit.models.packs import PackFile
 from dynkit.models.reading import DEPTH, Reader
-from dynkit.models.shelf import Recent
+from dynkit.models.shelf import Recent, Shelf
 
 State = dict[str, torch.Tensor]
 
@@ -409,6 +410,25 @@ def test_names_and_states_that_cannot_be_are_refused(ws: dk.Workspace) -> None:
     assert ws.lineage.ancestors(child) == {ones}
     with pytest.raises(StorageError, match="cannot write"):
         ws.models.export_safetensors(ones, ws.path / "nowhere" / "x.safetensors")
+
+
+def test_a_gc_that_waits_for_nobody_loses_no_model(ws: dk.Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the end of a pack and its commit, and while the pack is being written."""
+    publish = Shelf.publish
+    for before in (False, True):
+
+        def interrupted(shelf: Shelf, file: PackFile, before: bool = before) -> None:
+            monkeypatch.setattr(Shelf, "publish", publish)
+            if not before:
+                publish(shelf, file)
+            dk.Workspace(ws.path).models.gc(grace_s=0, garbage=0)
+            if before:
+                publish(shelf, file)
+
+        monkeypatch.setattr(Shelf, "publish", interrupted)
+        state = {"w": torch.randn(50, 50)}
+        assert equal(dk.Workspace(ws.path).models.load(ws.models.put(state)), state)
+    assert ws.models.fsck(deep=True) == []
 
 
 def test_views_that_torch_computes_later_are_stored_as_what_they_are(ws: dk.Workspace) -> None:

@@ -30,6 +30,7 @@ _MOST = 200  # candidates to rank
 _AT_ONCE = 400  # values in one query
 _STRUCTURE_WEIGHT = 0.2  # equal structure alone says little: anyone may use an architecture
 _PACKED = {torch.float4_e2m1fn_x2}  # several numbers a byte, which torch cannot take apart
+_LARGEST = 1e30  # of a sum in a sketch, so that their squares stay finite
 _STEP = np.uint64(0x9E3779B97F4A7C15)
 
 State = Mapping[str, torch.Tensor]
@@ -109,8 +110,7 @@ def sketch(state: State) -> "np.ndarray[Any, np.dtype[np.float32]]":
         signs = np.where(bits & np.uint64(_DIMENSIONS), 1.0, -1.0)
         weights = np.nan_to_num(values, posinf=0.0, neginf=0.0) * signs * np.sqrt(n / len(places))
         sums += np.bincount((bits % np.uint64(_DIMENSIONS)).astype(np.int64), weights, _DIMENSIONS)
-    with np.errstate(over="ignore"):
-        return sums.astype(np.float32)
+    return np.clip(sums, -_LARGEST, _LARGEST).astype(np.float32)
 
 
 def _bands(sketched: "np.ndarray[Any, Any]") -> list[int]:
