@@ -1,6 +1,7 @@
 """The ``dynkit`` command: the public API from a terminal."""
 
 import json
+import signal
 import sys
 import traceback
 from collections.abc import Iterator
@@ -24,7 +25,8 @@ from dynkit.yaml import parse
 __all__ = ["main"]
 
 _PIPE_WIDTH = 200  # columns of a table that goes into a file
-_out = Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH)
+_out = Console(width=None if sys.stdout is not None and sys.stdout.isatty() else _PIPE_WIDTH)
+_wide = Console(width=10_000)  # for tables, whose cells stay whole
 _err = Console(stderr=True)
 
 in_workspace = click.option(
@@ -133,14 +135,16 @@ def list_runs(workspace: Path | None) -> None:
 
 @main.command()
 @of_run
-@click.option("--events", default=10, show_default=True, help="How many of the last events.")
+@click.option(
+    "--events", default=10, type=click.IntRange(min=0), show_default=True, help="How many of the last events."
+)
 @in_workspace
 def show(run: str, events: int, workspace: Path | None) -> None:
     """Show RUN: status, last events, scores, and the error if it failed."""
     with _told():
         found = _run(workspace, run)
         _say(repr(found))
-        for event in found.events()[-events:]:
+        for event in found.events()[-events:] if events else []:
             _say(str(event), style="dim")
         if found.error:
             _say(found.error)
@@ -207,7 +211,9 @@ def lineage() -> None:
 
 
 @lineage.command("log")
-@click.option("-n", "limit", default=20, show_default=True, help="How many of the newest models.")
+@click.option(
+    "-n", "limit", default=20, type=click.IntRange(min=0), show_default=True, help="How many of the newest models."
+)
 @in_workspace
 def lineage_log(limit: int, workspace: Path | None) -> None:
     """List the newest models."""
@@ -389,11 +395,9 @@ def push(remote: str, models: tuple[str, ...], workspace: Path | None) -> None:
 @click.argument("models", nargs=-1)
 @in_workspace
 def pull(remote: str, models: tuple[str, ...], workspace: Path | None) -> None:
-    """Copy MODELS (all) from REMOTE (origin), as far as they are not here; exit code 1 when a name went apart."""
+    """Copy MODELS (all) from REMOTE (origin), as far as they are not here."""
     with _told():
-        done = _open(workspace).lineage.pull(remote, models or None)
-        _say(repr(done))
-    raise SystemExit(1 if done.rejected else 0)
+        _say(repr(_open(workspace).lineage.pull(remote, models or None)))
 
 
 @main.command()
@@ -422,7 +426,10 @@ class _Values(click.ParamType):  # type: ignore[type-arg]  # generic only in new
         name, equals, values = str(value).partition("=")
         if not (equals and name and values):
             self.fail(f"{value!r} is not like lr=0.1,0.01", param, context)
-        return name, [parse(item).value for item in values.split(",")]
+        try:
+            return name, list(parse(f"[{values}]").value)
+        except DynkitError as error:
+            self.fail(f"{value!r}: {error}", param, context)
 
 
 @main.command()
@@ -433,7 +440,7 @@ class _Values(click.ParamType):  # type: ignore[type-arg]  # generic only in new
 @click.option(
     "--resume", "resuming", is_flag=True, help="Skip what has finished with the same notebook and parameters."
 )
-@click.option("--timeout", type=float, help="Longest time for one cell, in seconds.")
+@click.option("--timeout", type=click.FloatRange(min=0, min_open=True), help="Longest time for one cell, in seconds.")
 @click.option("--html", is_flag=True, help="Write an HTML page beside each executed notebook.")
 def batch(
     notebook: Path,
@@ -447,25 +454,38 @@ def batch(
     """Execute NOTEBOOK headless, once per combination of parameters; exit code 1 when one fails."""
     with _told():
         fixed = {name: parse(value).value for name, value in parameters}
+        if len({name for name, _ in grid}) < len(grid):
+            raise InvalidInput("a parameter is in two --grid options; give all of its values in one")
         jobs = batches.plan(notebook, folder, [{**fixed, **chosen} for chosen in batches.combinations(dict(grid))])
-    records = []
-    for number, job in enumerate(jobs, 1):
-        earlier = job.finished() if resuming else None
-        _say(f"[{number}/{len(jobs)}] {job.output}", end=" ")
-        record = earlier or batches.execute(job, timeout_s=timeout, html=html)
-        seconds = "" if earlier else f" in {duration(record['seconds'])}"
-        _say(f"{record['status']}{' before' if earlier else seconds}")
-        if record["error"]:
-            _say(record["traceback"] or record["error"], to=_err)
-        if html and job.output.with_suffix(".html").exists():
-            _say(f"page: {job.output.with_suffix('.html').resolve()}")
-        records.append(record)
-    table = batches.results(records)
-    table.write_csv(folder / "results.csv")
-    shown = [name for name in table.columns if name != "notebook"]
-    _table(shown, [[_cell(value) for value in row] for row in table.select(shown).iter_rows()])
-    _say(f"results: {(folder / 'results.csv').resolve()}")
-    raise SystemExit(1 if any(record["status"] != "finished" for record in records) else 0)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as an interrupt does
+    records: list[dict[str, Any]] = []
+    try:
+        for number, job in enumerate(jobs, 1):
+            earlier = job.finished() if resuming else None
+            _say(f"[{number}/{len(jobs)}] {job.output}", end=" ")
+            with _told():
+                record = earlier or batches.execute(job, timeout_s=timeout, html=html)
+            records.append(record)
+            seconds = "" if earlier else f" in {duration(record['seconds'])}"
+            _say(f"{record['status']}{' before' if earlier else seconds}")
+            if record["error"]:
+                _say(record["traceback"] or record["error"], to=_err)
+            if html and job.output.with_suffix(".html").exists():
+                _say(f"page: {job.output.with_suffix('.html').resolve()}")
+    except KeyboardInterrupt:
+        _say("interrupted; the same command with --resume goes on", to=_err)
+        for run in batches.left_running(job):
+            _say(f"run {run.id} ({run.name}) goes on; dynkit cancel {run.id} ends it", to=_err)
+        code = 130
+    else:
+        code = 1 if any(record["status"] != "finished" for record in records) else 0
+    if records:
+        table = batches.results(records)
+        table.write_csv(folder / "results.csv")
+        shown = [name for name in table.columns if name != "notebook"]
+        _table(shown, [[_cell(value) for value in row] for row in table.select(shown).iter_rows()])
+        _say(f"results: {(folder / 'results.csv').resolve()}")
+    raise SystemExit(code)
 
 
 def _cell(value: Any) -> str:
@@ -476,7 +496,7 @@ def _table(columns: list[str], rows: list[list[str]]) -> None:
     """Print a table; wider than the terminal rather than cut."""
     table = Table(box=None, pad_edge=False)
     for column in columns:
-        table.add_column(column, overflow="fold", no_wrap=False)
+        table.add_column(column, no_wrap=True)
     for row in rows:
         table.add_row(*map(Text, row))
-    _out.print(table)
+    _wide.print(table)

@@ -17,13 +17,30 @@ from typing import Any
 import altair as alt
 import polars as pl
 
-from dynkit.errors import InvalidInput, did_you_mean
+from dynkit.errors import InvalidInput, StorageError, did_you_mean
 
 __all__ = ["Figure", "composite", "cost", "decisions", "estimates", "matrix"]
 
 _COLOURS = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000"]
 _WIDTH = 640
 _SHORT_ID = 8
+_NUMBER = ".6~g"  # as exact as it is, also where all values are one
+_NUMBERS = alt.Axis(format=_NUMBER)
+_TIMES = alt.Axis(
+    format={
+        "year": "%Y",
+        "quarter": "%b %Y",
+        "month": "%b %Y",
+        "week": "%b %d",
+        "date": "%b %d",
+        "hours": "%b %d %H:%M",
+        "minutes": "%H:%M",
+        "seconds": "%H:%M:%S",
+        "milliseconds": "%H:%M:%S.%L",
+    },
+    tickCount=8,
+    labelOverlap=True,
+)
 _TIME = (pl.col("window_start") + (pl.col("window_end") - pl.col("window_start")) / 2).alias("time")
 
 
@@ -53,7 +70,10 @@ class Figure:
         suffix = Path(path).suffix.lstrip(".")
         if suffix not in {"svg", "png", "pdf", "html", "json"}:
             raise InvalidInput(f"{Path(path).name!r}: use the suffix .svg, .png, .pdf, .html or .json")
-        self.chart.save(str(path), format=suffix, **({"inline": True} if suffix == "html" else {}))
+        try:
+            self.chart.save(str(path), format=suffix, **({"inline": True} if suffix == "html" else {}))
+        except OSError as error:
+            raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
 
     def to_html(self) -> str:
         """Return the picture as an HTML figure that needs nothing from outside."""
@@ -91,11 +111,16 @@ def matrix(frame: pl.DataFrame, metric: str | None = None) -> Figure:
             "window_start:T",
             title="window",
             scale=alt.Scale(type="utc"),
-            axis=_time_axis(frame["window_start"]),
+            axis=_TIMES,
         ),
         x2="window_end:T",
         y=alt.Y("model:N", title=None, sort=list(names.values())),
-        color=alt.Color("value:Q", title=chosen, scale=alt.Scale(scheme="cividis", zero=False)),
+        color=alt.Color(
+            "value:Q",
+            title=chosen,
+            scale=alt.Scale(scheme="cividis", zero=False),
+            legend=alt.Legend(format=_NUMBER),
+        ),
         tooltip=["model:N", "window_start:T", "window_end:T", alt.Tooltip("value:Q", format=".4f")],
     )
     return Figure(_styled(chart, title), title)
@@ -109,25 +134,32 @@ def composite(curves: Mapping[str, pl.DataFrame], metric: str | None = None, *, 
     curves : mapping of name to frame
         Frames as `Run.composite` returns them.
     metric : str or None
-        Which one; None takes the first.
+        Which one, of the curves that have it; None takes the first that all have, else the first.
     height : int
         Pixels.
     """
-    picked = [(name, *_one_metric(curve, metric)) for name, curve in curves.items() if curve.height]
-    if not picked:
+    drawn = {name: curve for name, curve in curves.items() if curve.height}
+    if not drawn:
         raise InvalidInput("no curve has a window; the runs trained no model that answers for one")
-    chosen = picked[0][1]
-    frame = pl.concat([curve.select(_TIME, "value", pipeline=pl.lit(name)) for name, _, curve in picked])
-    names = [name for name, _, _ in picked]
+    if metric is None:
+        of_all = set.intersection(*(set(curve["metric"]) for curve in drawn.values()))
+        first = next(iter(drawn.values()))["metric"].unique(maintain_order=True).to_list()
+        metric = next((name for name in first if name in of_all), first[0])
+    chosen, every = _one_metric(
+        pl.concat([curve.select(_TIME, "value", "metric", pipeline=pl.lit(name)) for name, curve in drawn.items()]),
+        metric,
+    )
+    frame = every.drop("metric")
+    names = frame["pipeline"].unique(maintain_order=True).to_list()
     colour = alt.Color("pipeline:N", sort=names, scale=alt.Scale(domain=names, range=_COLOURS), title=None)
     encoding: dict[str, Any] = {
         "x": alt.X(
             "time:T",
             title="middle of the window",
             scale=alt.Scale(type="utc"),
-            axis=_time_axis(frame["time"]),
+            axis=_TIMES,
         ),
-        "y": alt.Y("value:Q", title=chosen, scale=alt.Scale(zero=False)),
+        "y": alt.Y("value:Q", title=chosen, scale=alt.Scale(zero=False), axis=_NUMBERS),
         "color": colour,
         "tooltip": ["pipeline:N", "time:T", alt.Tooltip("value:Q", format=".4f")],
     }
@@ -161,8 +193,8 @@ def cost(frame: pl.DataFrame, metric: str | None = None, *, by: str = "samples_t
         raise InvalidInput(f"by={by!r} is not a cost{did_you_mean(by, units)}")
     names = frame["name"].to_list()
     base = alt.Chart(_rows(frame), width=_WIDTH, height=280).encode(
-        x=alt.X(f"{by}:Q", title=units[by]),
-        y=alt.Y("mean:Q", title=f"mean {chosen}", scale=alt.Scale(zero=False, padding=20)),
+        x=alt.X(f"{by}:Q", title=units[by], axis=alt.Axis(format=",.8~r")),
+        y=alt.Y("mean:Q", title=f"mean {chosen}", scale=alt.Scale(zero=False, padding=20), axis=_NUMBERS),
     )
     colour = alt.Color("name:N", sort=names, scale=alt.Scale(domain=names, range=_COLOURS), title=None)
     points = base.mark_point(filled=True, size=90).encode(
@@ -193,13 +225,12 @@ def decisions(frame: pl.DataFrame) -> Figure:
         if "p_value" in some.columns and some["p_value"].null_count() == 0:
             what, some = "p-value", some.with_columns(score="p_value")
         data = _rows(some.select("timestamp", "score", "threshold", "fired"))
-        axis = _time_axis(some["timestamp"])
         base = alt.Chart(data, width=_WIDTH, height=180).encode(
-            x=alt.X("timestamp:T", title=None, scale=alt.Scale(type="utc"), axis=axis),
+            x=alt.X("timestamp:T", title=None, scale=alt.Scale(type="utc"), axis=_TIMES),
             tooltip=["timestamp:T", alt.Tooltip("score:Q", format=".4g"), alt.Tooltip("threshold:Q", format=".4g")],
         )
         line = base.mark_line(color=_COLOURS[0]).encode(
-            y=alt.Y("score:Q", title=f"{trigger}: {what}", scale=alt.Scale(zero=False))
+            y=alt.Y("score:Q", title=f"{trigger}: {what}", scale=alt.Scale(zero=False), axis=_NUMBERS)
         )
         limit = base.mark_line(color="#666", strokeDash=[4, 3], interpolate="step-before").encode(y="threshold:Q")
         fired = base.transform_filter("datum.fired").mark_point(
@@ -228,11 +259,11 @@ def estimates(frame: pl.DataFrame, curve: pl.DataFrame | None = None) -> Figure:
         true = _one_metric(curve, "accuracy")[1].select(_TIME, "value", accuracy=pl.lit("true"))
         parts, names = [told, true], ["estimated", "true"]
     data = pl.concat(parts, how="diagonal_relaxed")
-    x = alt.X("time:T", title=None, scale=alt.Scale(type="utc"), axis=_time_axis(data["time"]))
+    x = alt.X("time:T", title=None, scale=alt.Scale(type="utc"), axis=_TIMES)
     base = alt.Chart(_rows(data), width=_WIDTH, height=240).encode(x=x)
     band = base.transform_filter("datum.low != null").mark_area(opacity=0.2, color=_COLOURS[0])
     lines = base.mark_line(strokeWidth=2, point=True).encode(
-        y=alt.Y("value:Q", title="accuracy", scale=alt.Scale(zero=False)),
+        y=alt.Y("value:Q", title="accuracy", scale=alt.Scale(zero=False), axis=_NUMBERS),
         color=alt.Color("accuracy:N", sort=names, scale=alt.Scale(domain=names, range=_COLOURS), title=None),
         tooltip=["accuracy:N", "time:T", alt.Tooltip("value:Q", format=".3f"), "low:Q", "high:Q"],
     )
@@ -259,18 +290,17 @@ def _rows(frame: pl.DataFrame) -> Any:
     return alt.InlineData(values=text.to_dicts())
 
 
-def _time_axis(times: pl.Series) -> alt.Axis:
-    """Ticks in the unit that the span calls for."""
-    first, last = times.min(), times.max()
-    days = (last - first).total_seconds() / 86_400  # type: ignore[operator, union-attr]  # datetimes
-    form = "%Y" if days > 2000 else "%b %Y" if days > 90 else "%b %d" if days > 3 else "%b %d %H:%M"
-    return alt.Axis(format=form, tickCount=8, labelOverlap=True)
-
-
 def _styled(chart: Any, title: str) -> Any:
     return (
         chart.properties(title=alt.Title(title, anchor="start", fontSize=13), background="#ffffff", padding=12)
         .configure_view(stroke=None)
-        .configure_axis(labelFontSize=11, titleFontSize=11, gridColor="#e6e6e6", labelColor="#333", titleColor="#333")
+        .configure_axis(
+            labelFontSize=11,
+            titleFontSize=11,
+            gridColor="#e6e6e6",
+            labelColor="#333",
+            titleColor="#333",
+            titlePadding=10,
+        )
         .configure_legend(labelFontSize=11, titleFontSize=11, orient="bottom", columns=4, labelLimit=300)
     )

@@ -84,8 +84,9 @@ def parse(text: str) -> Document:
     SpecError
         When it is not YAML, with the line.
     """
-    loader = _Loader(text)
+    loader = None
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
         if node is None:
             return Document(None)
@@ -98,16 +99,22 @@ def parse(text: str) -> Document:
         raise SpecError(f"not valid YAML: {error.problem or error.context}", line=line) from None
     except RecursionError:
         raise SpecError("an anchor of the YAML contains itself, or its values lie too deep in each other") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, AttributeError) as error:  # the latter of values that are not of their tag
+        if isinstance(error, SpecError):
+            raise
         raise SpecError(f"not valid YAML: {error}".splitlines()[0]) from None
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
 
 
 def _collect(node: yaml.Node, path: Path, lines: dict[Path, int]) -> None:
     lines[path] = node.start_mark.line + 1
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                line = key.start_mark.line + 1
+                raise SpecError("a key must be text; for the value of a notebook's variable write $name", line=line)
             _collect(value, (*path, key.value), lines)
             lines[(*path, key.value)] = key.start_mark.line + 1
     elif isinstance(node, yaml.SequenceNode):

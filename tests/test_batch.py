@@ -2,13 +2,17 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import nbformat
 import polars as pl
+import psutil
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 from streams import make_frame
@@ -74,7 +78,7 @@ def test_status_exit_code_and_notebook_tell_what_happened(
     path = notebook(tmp_path / "case.ipynb", cell, "after = 1")
     timeout = "3" if "sleep(60)" in cell else "100"
     done = dynkit(tmp_path, "batch", str(path), "-o", "out", "--timeout", timeout)
-    record = json.loads((tmp_path / "out/case.json").read_text())
+    record = json.loads((tmp_path / "out/case.dynkit.json").read_text())
     executed = nbformat.read(tmp_path / "out/case.ipynb", as_version=4)
     assert record["status"] == status, done.stderr
     assert done.returncode == (0 if status == "finished" else 1)
@@ -151,6 +155,68 @@ def test_values_of_parameters_are_yaml(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert pl.read_csv(tmp_path / "out/results.csv")["xs"].to_list() == ["[1, 2]"]
+
+
+def test_what_surrounds_a_notebook_does_not_decide_its_fate(tmp_path: Path) -> None:
+    """Bytes on stderr, a workspace that is gone at the end, braces in paths, modules beside, equal names of runs."""
+    folder = tmp_path / "sub{x}"
+    folder.mkdir()
+    (folder / "helper_beside.py").write_text("value = 3")
+    cells = [
+        "import os, tempfile; assert os.write(2, b'\\xff\\xfe') == 2",
+        SETUP + "import helper_beside; assert helper_beside.value == 3",
+        "for lr in (0.01, 0.5):\n  make_pipeline(stream, name='same', training=dk.Training(lr=lr)).start().wait()",
+        "with tempfile.TemporaryDirectory() as gone:\n"
+        "  other = dk.Workspace(gone).ingest('stream', make_frame(), timestamp='when', label='late')\n"
+        "  make_pipeline(other, name='gone').start().wait()",
+    ]
+    notebook(folder / "a.ipynb", *cells, parameters="lr = 1\nstatus = 2")
+    done = dynkit(tmp_path, "batch", "sub{x}/a.ipynb", "-o", "out{lr}", "-p", "status", "5")
+    assert done.returncode == 0, done.stderr
+    table = pl.read_csv(tmp_path / "out{lr}/results.csv")
+    assert table["status"].to_list() == ["finished"] and table["parameter status"].to_list() == [5]
+    assert {"same 1.accuracy", "same 2.accuracy"} <= set(table.columns)
+    assert not any(name.startswith("gone") for name in table.columns)
+
+
+def test_wrong_options_and_folders_are_told(tmp_path: Path) -> None:
+    notebook(tmp_path / "a.ipynb", "1")
+    (tmp_path / "file").write_text("mine")
+    for arguments, message in [
+        (["-o", "file"], "StorageError: cannot write to file"),
+        (["-o", "file/sub"], "StorageError: cannot write to file/sub"),
+        (["-o", "out", "--grid", "lr=[1,2"], "'lr=[1,2'"),
+        (["-o", "out", "--grid", "lr=1", "--grid", "lr=2"], "is in two --grid options"),
+        (["-o", "out", "--timeout", "-3"], "-3"),
+    ]:
+        done = dynkit(tmp_path, "batch", "a.ipynb", *arguments)
+        assert (done.returncode, message in done.stderr, "Traceback" in done.stderr) == (2, True, False), done.stderr
+    assert (tmp_path / "file").read_text() == "mine"
+    done = dynkit(tmp_path, "batch", "a.ipynb", "-o", "out", "--grid", "lr=[1,2],1,1")
+    assert pl.read_csv(tmp_path / "out/results.csv")["lr"].to_list() == ["[1, 2]", "1"]
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_grid_ends_its_kernel_and_tells_what_goes_on(tmp_path: Path, how: signal.Signals) -> None:
+    started = "run = make_pipeline(stream, model=lambda: Slow(3, 2)).start()\nopen('up', 'w').write(str(os.getpid()))"
+    notebook(tmp_path / "a.ipynb", SETUP, started, "time.sleep(300)")
+    env = {**os.environ, "DYNKIT_WORKSPACE": str(tmp_path / "ws")}
+    command = [sys.executable, "-c", "from dynkit.cli import main; main()", "batch", "a.ipynb", "-o", "out"]
+    default = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # also where these tests run in the background
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=env, preexec_fn=default
+    ) as process:
+        while not (tmp_path / "up").exists() or not (tmp_path / "up").read_text():
+            assert process.poll() is None
+            time.sleep(0.1)
+        process.send_signal(how)
+        _, told = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted; the same command with --resume goes on" in told
+    (run,) = dk.Workspace(tmp_path / "ws").runs()
+    assert f"run {run.id} (test) goes on; dynkit cancel {run.id} ends it" in told
+    run.cancel()
+    assert not psutil.pid_exists(int((tmp_path / "up").read_text()))
 
 
 def test_looking_makes_no_workspace(tmp_path: Path) -> None:

@@ -18,6 +18,8 @@ import papermill
 from nbclient.exceptions import CellTimeoutError, DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
+from dynkit.batch import as_it_is
+from dynkit.errors import Conflict
 from dynkit.pipeline import Run
 from dynkit.pipeline.process import ACTIVE
 from dynkit.pipeline.started import started
@@ -31,21 +33,24 @@ def main() -> None:
     """Execute, judge, write the record."""
     request, record_path = json.loads(sys.argv[1]), Path(sys.argv[2])
     output = Path(request["output"])
-    log = record_path.with_suffix(".runs")
-    log.unlink(missing_ok=True)
+    log = Path(request["runs"])
     os.environ["DYNKIT_RENDER"] = "static"
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as for workers: the kernel shares the cores with them
     os.environ["DYNKIT_STARTED"] = str(log)
+    beside = str(Path(request["notebook"]).parent.resolve())  # modules there can be imported, as in JupyterLab
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [beside, os.environ.get("PYTHONPATH")]))
     began_s = time.monotonic()
     error, trace = _executed(request)
     runs = [_described(run) for run in started(log)]
-    log.unlink(missing_ok=True)
     if error is None:
         error = next((run["problem"] for run in runs if run["problem"]), None)
     status = "finished" if error is None else "failed"
     _mark(output, status, error)
     if request["html"] and output.exists():
-        write_html(output)
+        try:
+            write_html(output)
+        except Exception as failed:  # what was executed counts
+            trace += f"no page could be written: {type(failed).__name__}: {failed}"
     record = {
         "status": status,
         "error": error,
@@ -61,8 +66,8 @@ def _executed(request: dict[str, Any]) -> tuple[str | None, str]:
     timeout_s = request["timeout_s"]
     try:
         papermill.execute_notebook(
-            request["notebook"],
-            request["output"],
+            as_it_is(Path(request["notebook"])),
+            as_it_is(Path(request["output"])),
             parameters=request["parameters"],
             progress_bar=False,
             store_widget_state=False,
@@ -88,7 +93,10 @@ def _described(run: Run) -> dict[str, Any]:
     problem = None
     if status in ACTIVE:
         problem = f"run {run.id} ({run.name}) was still {status} at the end and was cancelled; add run.wait()"
-        run.cancel()
+        try:
+            run.cancel()
+        except Conflict:  # it has just ended
+            return _described(run)
     elif status != "finished":
         problem = f"run {run.id} ({run.name}) {status}: {run.reason or ''}"
     for row in run.scores().iter_rows(named=True):
@@ -130,7 +138,7 @@ def write_html(notebook: Path) -> Path:
             setattr(exporter, trait, "")
     body, _ = exporter.from_filename(str(notebook))
     page = notebook.with_suffix(".html")
-    page.write_text(body)
+    page.write_text(body, encoding="utf-8")
     return page
 
 

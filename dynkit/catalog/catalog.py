@@ -6,6 +6,7 @@ PostgreSQL those of other machines. Modules above keep their own queries next to
 """
 
 import os
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ import sqlalchemy as sa
 
 from dynkit.catalog.databases import Database, PostgreSQL, SQLite, insert_missing
 from dynkit.catalog.tables import SCHEMA_VERSION, info, metadata
-from dynkit.errors import Conflict, NotFound, StorageError
+from dynkit.errors import Conflict, InvalidInput, NotFound, StorageError
 
 __all__ = ["Catalog"]
 
@@ -49,6 +50,8 @@ class Catalog:
     def __init__(
         self, root: str | os.PathLike[str] | None = None, storage: str | None = None, url: str | None = None
     ) -> None:
+        if storage is not None and not re.match("[a-z][a-z0-9+.-]+://[^/]+", storage):
+            raise InvalidInput(f"storage={storage!r} must be a place in a bucket, such as 's3://bucket/prefix'")
         self.root = self.locate(root)
         self._database = _database(self.root, url)
         try:
@@ -60,8 +63,23 @@ class Catalog:
 
     @staticmethod
     def locate(root: str | os.PathLike[str] | None = None) -> Path:
-        """Return where a workspace is or would be made; makes nothing."""
-        return Path(root or os.environ.get("DYNKIT_WORKSPACE") or "dynkit-workspace").expanduser().resolve()
+        """Return where a workspace is or would be made; makes nothing.
+
+        Raises
+        ------
+        InvalidInput
+            When that cannot be a folder.
+        """
+        given = os.fspath(root or os.environ.get("DYNKIT_WORKSPACE") or "dynkit-workspace")
+        if re.match("[a-z][a-z0-9+.-]+:/", given):
+            raise InvalidInput(
+                f"{given!r} is no folder; a workspace is one, and may keep its files elsewhere: "
+                "dk.Workspace('my-workspace', storage='s3://bucket/prefix')"
+            )
+        try:
+            return Path(given).expanduser().resolve()
+        except (OSError, RuntimeError, ValueError) as error:
+            raise InvalidInput(f"{given!r} cannot be a folder: {error}") from None
 
     @classmethod
     def existing(cls, root: str | os.PathLike[str] | None = None) -> "Catalog":

@@ -113,6 +113,8 @@ def compare(runs: Run | Iterable[Run], *, kind: CompositeKind = "active") -> Com
         When there is no run.
     """
     runs = [runs] if isinstance(runs, Run) else list(runs)
+    if not all(isinstance(run, Run) for run in runs):
+        raise InvalidInput("runs must be runs, such as ws.run(id): dk.compare([run_a, run_b])")
     if not runs:
         raise InvalidInput("nothing to compare; pass runs: dk.compare([run_a, run_b])")
     names = [run.name for run in runs]

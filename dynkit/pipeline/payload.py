@@ -74,7 +74,8 @@ def pack(name: str, parts: Mapping[str, Any]) -> Payload:
         except Exception:  # a module of the user's holds something that cannot be pickled: import it there instead
             pickled = cloudpickle.dumps(dict(parts))
     except Exception as error:
-        raise InvalidInput(f"the pipeline {name!r} cannot travel to a worker process: {error}") from error
+        which = ", ".join(part for part, value in parts.items() if not _travels(value))
+        raise InvalidInput(f"the {which} of pipeline {name!r} cannot travel to a worker process: {error}") from error
     torch = sys.modules.get("torch")
     environment = {
         "cwd": str(Path.cwd()),
@@ -84,6 +85,14 @@ def pack(name: str, parts: Mapping[str, Any]) -> Payload:
         **facts(),
     }
     return Payload(pickled, environment)
+
+
+def _travels(value: Any) -> bool:
+    try:
+        cloudpickle.dumps(value)
+    except Exception:
+        return False
+    return True
 
 
 @contextmanager

@@ -17,7 +17,7 @@ import sqlalchemy as sa
 from dynkit import catalog as tables
 from dynkit import html
 from dynkit.catalog import Catalog
-from dynkit.errors import Conflict, NotFound, WaitTimeout, did_you_mean
+from dynkit.errors import Conflict, InvalidInput, NotFound, WaitTimeout, did_you_mean
 from dynkit.evaluation.composite import CompositeKind, composite, mean_scores
 from dynkit.evaluation.transfer import transfer
 from dynkit.lineage.samples import files_of, read_selection
@@ -53,6 +53,8 @@ class Run:
 
     def __init__(self, catalog: Catalog, id: str) -> None:
         self._catalog = catalog
+        if not isinstance(id, str) or not id:
+            raise InvalidInput(f"{id!r} is no run; give the id of one, or its beginning")
         with catalog.read() as connection:
             query = sa.select(tables.runs.c.id).where(tables.runs.c.id.startswith(id, autoescape=True))
             found = connection.scalars(query.limit(2)).all()

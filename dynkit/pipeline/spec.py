@@ -117,6 +117,8 @@ def build(
     for key in REQUIRED:
         if key not in top:
             raise builder.error((), f"key {key!r} is missing; a pipeline needs {', '.join(REQUIRED)}")
+    if name is not None and top.get("name", name) != name:
+        raise builder.error(("name",), f"the pipeline is called {name!r} already; leave this key out")
     if name is None and "name" not in top:
         raise builder.error((), "key 'name' is missing; give the pipeline a name")
     training = dict(builder.mapping(("training",), top.get("training", {}), field_names(Training), "training"))
@@ -183,6 +185,8 @@ class _Builder:
             found = "nothing" if value is None else repr(value)
             raise self.error(path, f"{found} is not {what}; expected keys: {', '.join(keys)}")
         for key in value:
+            if not isinstance(key, str):
+                raise self.error(path, f"key {key!r} must be text")
             if key not in keys:
                 raise self.error((*path, key), f"key {key!r} is not known{did_you_mean(key, keys)}")
         return value
@@ -223,12 +227,12 @@ class _Builder:
         """Split ``name`` or ``{name: parameters}``."""
         if isinstance(value, str):
             return value, None, path
-        if isinstance(value, dict) and len(value) == 1:
+        if isinstance(value, dict) and len(value) == 1 and isinstance(next(iter(value)), str):
             name, parameters = next(iter(value.items()))
             return name, {} if parameters is None else parameters, (*path, name)
         if callable(value):  # from $name
             raise self.error(path, f"write the name without '$' to use a function as {role}")
-        found = f"{len(value)} keys ({', '.join(value)})" if isinstance(value, dict) else repr(value)
+        found = f"{len(value)} keys ({', '.join(map(str, value))})" if isinstance(value, dict) else repr(value)
         names = ", ".join(BUILT_IN.get(role, NAMED.get(role, ()))) or "model"
         raise self.error(
             path, f"{found} is not one {role}; expected a name or {{name: parameters}} with one of: {names}"

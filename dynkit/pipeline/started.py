@@ -5,9 +5,11 @@ Whoever sets ``$DYNKIT_STARTED`` to a file finds a line per run there.
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from dynkit.catalog import Catalog
+from dynkit.errors import NotFound
 from dynkit.pipeline.run import Run
 
 __all__ = ["note", "started"]
@@ -22,8 +24,12 @@ def note(run: Run) -> None:
 
 
 def started(path: Path) -> list[Run]:
-    """Return the runs noted in a file, each once, in order."""
+    """Return the runs noted in a file, each once, in order; those that are gone with their workspaces are left out."""
     if not path.exists():
         return []
-    lines = dict.fromkeys(path.read_text().splitlines())
-    return [Run(Catalog(root), run) for root, run in map(json.loads, lines)]
+    runs = []
+    for line in dict.fromkeys(path.read_text().splitlines()):
+        root, run = json.loads(line)
+        with suppress(NotFound):
+            runs.append(Run(Catalog.existing(root), run))
+    return runs

@@ -51,7 +51,8 @@ def _started_headless() -> bool:
         words = parent.cmdline() if parent is not None else []
     except psutil.Error:
         return False
-    return bool(_HEADLESS & {os.path.basename(word) for word in words})  # noqa: PTH119  (words, not paths)
+    program = [word for i, word in enumerate(words) if i < 2 or words[i - 1] == "-m"]  # options may be called so, too
+    return bool(_HEADLESS & {os.path.basename(word) for word in program})  # noqa: PTH119  (words, not paths)
 
 
 def show(run: Run) -> None:

@@ -135,17 +135,18 @@ class DynkitMagics(Magics):  # type: ignore[misc]  # IPython is untyped here
         if cell is None:
             raise InvalidInput("%pipeline needs a cell: write %%pipeline NAME and the pipeline as YAML below it")
         workspace = workspace_of(namespace, options.workspace)
-        body = "\n" + cell.rstrip().removesuffix(
-            ";"
-        )  # the magic's own line counts, so that line numbers are the cell's
+        if options.output and not options.output.isidentifier():
+            raise InvalidInput(f"-o {options.output!r} is no name of a variable")
+        body = "\n" + cell.rstrip().removesuffix(";")  # with a line for the magic's own, so that numbers are the cell's
         pipeline = build(body, workspace.catalog, name=options.name, namespace=namespace, device=options.device)
         run = None if options.force else workspace.find(pipeline)
-        if run is not None and run.status == "interrupted":
+        status = None if run is None else run.status
+        if run is not None and (status == "interrupted" or (status == "paused" and not is_watched())):
             run.resume()
-            print(f"run {run.id} of the same inputs was interrupted and goes on; --force starts anew")  # noqa: T201
+            print(f"run {run.id} of the same inputs was {status} and goes on; --force starts anew")  # noqa: T201
             note(run)
         elif run is not None:
-            print(f"attached to run {run.id} of the same inputs ({run.status}); --force starts anew")  # noqa: T201
+            print(f"attached to run {run.id} of the same inputs ({status}); --force starts anew")  # noqa: T201
             note(run)
         else:
             run = pipeline.start()
@@ -182,8 +183,9 @@ class DynkitMagics(Magics):  # type: ignore[misc]  # IPython is untyped here
 def _wait(run: Run) -> None:
     try:
         status = run.wait()
-    except KeyboardInterrupt:
-        print(f"run {run.id} goes on; %dynkit cancel {run.id} ends it")  # noqa: T201
+    except KeyboardInterrupt as error:
+        line = f"interrupted: run {run.id} goes on; %dynkit cancel {run.id} ends it"
+        error._render_traceback_ = lambda *_: [line]  # type: ignore[attr-defined]  # IPython asks for it
         raise
     if status not in ("finished", *ACTIVE):
         raise RunFailed(f"run {run.id} ({run.name}) {status}: {run.reason or ''}; see ws.run({run.id!r}).error")
