@@ -2,7 +2,9 @@
 
 import datetime as dt
 import itertools
+import re
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -11,12 +13,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import metrics as sk
-from streams import make_frame, make_model, make_pipeline, replayed
+from streams import START, make_frame, make_model, make_pipeline, replayed
 from torch import nn
 
 import dynkit as dk
 from dynkit import testing
-from dynkit.errors import InvalidInput, NotFound, TrainingError
+from dynkit.errors import InvalidInput, NotFound, StorageError, TrainingError
 from dynkit.evaluation import composite, evaluate, mean_scores, shared, transfer
 from dynkit.evaluation.metrics import F1, Accuracy, Mae, Metric, Rmse, RocAuc, Scores, TopK, metric_name, resolve_metric
 from dynkit.types import Trained, Window
@@ -258,6 +260,39 @@ def test_comparison_is_a_frame_with_a_picture(dataset: dk.Dataset) -> None:
     assert "data:image/svg+xml;base64," in comparison._repr_html_()
     with pytest.raises(InvalidInput, match="nothing to compare"):
         dk.compare([])
+
+
+def test_all_curves_of_a_picture_are_of_one_metric() -> None:
+    times = pl.datetime_range(START, START + dt.timedelta(days=4), "1d", time_zone="UTC", time_unit="ns", eager=True)
+    one = pl.DataFrame({"window_start": times[:-1], "window_end": times[1:], "value": [0.1, 0.2, 0.3, 0.4]})
+    other = one.with_columns(pl.col("value") + 0.5, metric=pl.lit("roc_auc"))
+    both = pl.concat([one.with_columns(metric=pl.lit("accuracy")), other])
+
+    def drawn(figure: dk.plots.Figure) -> dict[str, set[float]]:
+        (values,) = figure.chart.to_dict()["datasets"].values()
+        return {name: {row["value"] for row in values if row["pipeline"] == name} for name in ("a", "b")}
+
+    chosen = dk.plots.composite({"a": both, "b": other})
+    assert chosen.title.startswith("roc_auc") and drawn(chosen) == {
+        "a": {0.6, 0.7, 0.8, 0.9},
+        "b": {0.6, 0.7, 0.8, 0.9},
+    }
+    accuracy = dk.plots.composite({"a": both, "b": other}, "accuracy")
+    assert drawn(accuracy) == {"a": {0.1, 0.2, 0.3, 0.4}, "b": set()}
+    with pytest.raises(InvalidInput, match="did you mean 'accuracy'"):
+        dk.plots.composite({"a": both, "b": other}, "acuracy")
+
+
+def test_axes_say_what_is_there(tmp_path: Path) -> None:
+    """One window of a score that has decimals, and weeks within months."""
+    times = pl.datetime_range(START, START + dt.timedelta(weeks=14), "1w", time_zone="UTC", time_unit="ns", eager=True)
+    weeks = pl.DataFrame({"window_start": times[:-1], "window_end": times[1:], "metric": "accuracy", "value": 0.85})
+    svg = dk.plots.composite({"a": weeks.head(1)}).svg()
+    assert ">0.85<" in svg
+    labels = re.findall(r">([A-Z][a-z]{2} \d\d(?:\d\d)?)<", dk.plots.composite({"a": weeks}).svg())
+    assert len(labels) == len(set(labels)) > 5
+    with pytest.raises(StorageError, match="cannot write"):
+        dk.plots.composite({"a": weeks}).save(tmp_path / "none" / "x.svg")
 
 
 def test_pictures_need_no_network_and_are_svg(dataset: dk.Dataset) -> None:

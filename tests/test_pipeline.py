@@ -475,7 +475,9 @@ def test_a_dataset_without_labels_is_refused(ws: dk.Workspace) -> None:
 
 def test_what_cannot_travel_is_refused_at_once(ws: dk.Workspace, dataset: dk.Dataset) -> None:
     stream = (i for i in range(3))
-    with pytest.raises(InvalidInput, match=r"cannot travel to a worker process: .*generator"):
+    with pytest.raises(
+        InvalidInput, match=r"the trigger of pipeline 'test' cannot travel to a worker process: .*generator"
+    ):
         make_pipeline(dataset, trigger=lambda new, run: bool(next(stream))).start()
     assert ws.runs() == []
 
@@ -636,6 +638,24 @@ def test_runs_are_found_by_name_and_beginning_of_the_id(ws: dk.Workspace, datase
         ws.run("zz")
     with pytest.raises(NotFound, match="has no trigger 99"):
         a.selection(99)
+
+
+def test_places_that_are_no_workspace_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for root in ("s3://bucket/prefix", "postgresql://me@host/db", "~nobody-here/ws", "a\0b", Path("s3://bucket/p")):
+        with pytest.raises(InvalidInput, match=r"is no folder|cannot be a folder"):
+            dk.Workspace(root)
+    for storage in ("bucket/prefix", "s3:/bucket", "", "s3://"):
+        with pytest.raises(InvalidInput, match="must be a place in a bucket, such as 's3://bucket/prefix'"):
+            dk.Workspace("ws", storage=storage)
+    assert list(tmp_path.iterdir()) == []
+    ws = dk.Workspace("ws")
+    for wrong in ("", 5):
+        with pytest.raises(InvalidInput, match="is no run; give the id"):
+            ws.run(wrong)  # type: ignore[arg-type]
+    for several in ("0f77", ["alpha"]):
+        with pytest.raises(InvalidInput, match="runs must be runs"):
+            dk.compare(several)  # type: ignore[arg-type]
 
 
 def test_streams_of_the_public_checks_see_what_runs_see(ws: dk.Workspace) -> None:

@@ -112,7 +112,16 @@ class Backwards:
         return [3, 1]
 
 
-@pytest.mark.parametrize("trigger", [lambda new, run: 3.5, Backwards(), lambda new, run: [new.height]])
+@pytest.mark.parametrize(
+    "trigger",
+    [
+        lambda new, run: 3.5,
+        Backwards(),
+        lambda new, run: [new.height],
+        lambda new, run: [1.0],
+        lambda new, run: [2, 2],
+    ],
+)
 def test_the_public_check_finds_broken_triggers(trigger: object) -> None:
     with pytest.raises(AssertionError):
         testing.check_trigger(trigger)  # type: ignore[arg-type]
@@ -126,11 +135,25 @@ def test_the_public_check_finds_broken_triggers(trigger: object) -> None:
         lambda pool, run, rng: [1, 1],
         lambda pool, run, rng: np.random.randint(0, 1000, 5),
         lambda pool, run, rng: pl.DataFrame({"key": [1], "weight": [-1.0]}),
+        lambda pool, run, rng: pl.DataFrame({"key": [1], "epoch": [7]}),
+        lambda pool, run, rng: pl.DataFrame({"key": [1, None]}),
+        lambda pool, run, rng: [1.5],
+        lambda pool, run, rng: pool["key"] > 5,
+        lambda pool, run, rng: None,
     ],
 )
 def test_the_public_check_finds_broken_selections(selection: object) -> None:
     with pytest.raises(AssertionError):
         testing.check_selection(selection)  # type: ignore[arg-type]
+
+
+def test_the_public_checks_need_something_to_check_on() -> None:
+    with pytest.raises(InvalidInput, match="a table with rows"):
+        testing.check_trigger(dk.triggers.Amount(5), testing.stream().head(0))
+    with pytest.raises(InvalidInput, match="at least one split"):
+        testing.check_trigger(dk.triggers.Amount(5), splits=[])
+    with pytest.raises(InvalidInput, match="a pool with rows"):
+        testing.check_selection(dk.selection.New(), testing.stream().head(0))
 
 
 def compiled(source: str, **names: object) -> object:

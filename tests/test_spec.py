@@ -28,7 +28,7 @@ def own_trigger(new: Any, run: Any) -> bool:
     return True
 
 
-NAMES: dict[str, Any] = {"make_model": make_model, "own_trigger": own_trigger, "n": 5, "rate": 0.1}
+NAMES: dict[str, Any] = {"make_model": make_model, "own_trigger": own_trigger, "n": 5, "rate": 0.1, "numbered": {1: 2}}
 
 
 def built(ws: dk.Workspace, text: str, **options: Any) -> dk.Pipeline:
@@ -230,6 +230,13 @@ def test_the_device_and_name_may_come_from_outside(ws: dk.Workspace, dataset: dk
         ("seed: 3", "seed: -3", r"line 9: seed: seed=-3 must be a whole number, at least 0"),
         ("seed: 3", "sede: 3", r"line 9: sede: key 'sede' is not known; did you mean 'seed'\?"),
         ("seed: 3", "seed: 3\nseed: 4", r"line 10: key 'seed' is given twice; keep one"),
+        ("seed: 3", "seed: {{ seed }}", r"line 9: a key must be text; .* write \$name"),
+        ("seed: 3", "? [a, b]\n: 3", r"line 9: a key must be text"),
+        ("seed: 3", "seed: \x07", r"not valid YAML: unacceptable character"),
+        ("seed: 3", "seed: !!int abc", r"not valid YAML: invalid literal"),
+        ("seed: 3", "seed: !!timestamp abc", r"not valid YAML: "),
+        ("{amount: {n: 500}}", "$numbered", r"trigger: 1 keys \(1\) is not one trigger"),
+        ("{amount: {n: 500}}", "{amount: $numbered}", r"trigger.amount: key 1 must be text"),
         ("seed: 3", "3: seed", r"line 9: key 3 must be text"),
         ("{amount: {n: 500}}", "{amount: {n: 500}", r"line \d: not valid YAML: "),
         ("seed: 3", "\tseed: 3", r"line \d+: not valid YAML: "),
