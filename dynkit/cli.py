@@ -435,7 +435,9 @@ class _Values(click.ParamType):  # type: ignore[type-arg]  # generic only in new
 @main.command()
 @click.argument("notebook", type=click.Path(path_type=Path))
 @click.option("-p", "parameters", type=(str, str), multiple=True, metavar="NAME VALUE", help="One parameter.")
-@click.option("--grid", type=_Values(), multiple=True, help="A parameter's values, as YAML; several make all combinations.")
+@click.option(
+    "--grid", type=_Values(), multiple=True, help="A parameter's values, as YAML; several make all combinations."
+)
 @click.option("-o", "folder", type=click.Path(path_type=Path), required=True, help="Folder for notebooks and results.")
 @click.option(
     "--resume", "resuming", is_flag=True, help="Skip what has finished with the same notebook and parameters."
