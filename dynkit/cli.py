@@ -472,6 +472,10 @@ def batch(
             _say(f"{record['status']}{' before' if earlier else seconds}")
             if record["error"]:
                 _say(record["traceback"] or record["error"], to=_err)
+            if html and earlier and not job.output.with_suffix(".html").exists():
+                from dynkit.batch.worker import write_html
+
+                write_html(job.output)
             if html and job.output.with_suffix(".html").exists():
                 _say(f"page: {job.output.with_suffix('.html').resolve()}")
     except KeyboardInterrupt:

@@ -9,7 +9,7 @@ import base64
 import html
 import io
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -168,7 +168,7 @@ def composite(curves: Mapping[str, pl.DataFrame], metric: str | None = None, *, 
         shape=alt.Shape("pipeline:N", sort=names, scale=alt.Scale(domain=names), title=None)
     )
     title = f"{chosen} of the composite model over time"
-    return Figure(_styled(base.mark_line(strokeWidth=2) + points, title), title)
+    return Figure(_styled(base.mark_line(strokeWidth=2) + points, title, names), title)
 
 
 def cost(frame: pl.DataFrame, metric: str | None = None, *, by: str = "samples_trained") -> Figure:
@@ -203,7 +203,7 @@ def cost(frame: pl.DataFrame, metric: str | None = None, *, by: str = "samples_t
         tooltip=["name:N", f"{by}:Q", alt.Tooltip("mean:Q", format=".4f")],
     )
     title = f"cost ({units[by]}) against mean {chosen}"
-    return Figure(_styled(points, title), title)
+    return Figure(_styled(points, title, names), title)
 
 
 def decisions(frame: pl.DataFrame) -> Figure:
@@ -290,7 +290,9 @@ def _rows(frame: pl.DataFrame) -> Any:
     return alt.InlineData(values=text.to_dicts())
 
 
-def _styled(chart: Any, title: str) -> Any:
+def _styled(chart: Any, title: str, names: Sequence[str] = ()) -> Any:
+    longest = max(map(len, names), default=0)
+    columns = max(1, min(4, _WIDTH // (40 + 7 * longest)))  # of the legend, so that it is no wider than the chart
     return (
         chart.properties(title=alt.Title(title, anchor="start", fontSize=13), background="#ffffff", padding=12)
         .configure_view(stroke=None)
@@ -302,5 +304,5 @@ def _styled(chart: Any, title: str) -> Any:
             titleColor="#333",
             titlePadding=10,
         )
-        .configure_legend(labelFontSize=11, titleFontSize=11, orient="bottom", columns=4, labelLimit=300)
+        .configure_legend(labelFontSize=11, titleFontSize=11, orient="bottom", columns=columns, labelLimit=_WIDTH)
     )

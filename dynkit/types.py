@@ -109,7 +109,7 @@ class Event:
 
     def __str__(self) -> str:
         details = " ".join(f"{key}={value}" for key, value in self.data.items() if key != "traceback")
-        return f"{self.time:%H:%M:%S} {self.kind} {details}".rstrip()
+        return f"{self.time:%Y-%m-%d %H:%M:%S} UTC {self.kind} {details}".rstrip()
 
 
 class RunView(Protocol):

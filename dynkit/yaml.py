@@ -99,9 +99,9 @@ def parse(text: str) -> Document:
         raise SpecError(f"not valid YAML: {error.problem or error.context}", line=line) from None
     except RecursionError:
         raise SpecError("an anchor of the YAML contains itself, or its values lie too deep in each other") from None
+    except SpecError:
+        raise
     except (yaml.YAMLError, ValueError, AttributeError) as error:  # the latter of values that are not of their tag
-        if isinstance(error, SpecError):
-            raise
         raise SpecError(f"not valid YAML: {error}".splitlines()[0]) from None
     finally:
         if loader is not None:

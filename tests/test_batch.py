@@ -108,11 +108,12 @@ def test_a_grid_keeps_failures_carries_on_and_resumes(tmp_path: Path) -> None:
     assert "AssertionError: too much" in table["error"][1]
     assert len(list((tmp_path / "out").glob("*.ipynb"))) == 3
     stamps = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("*.ipynb")}
-    again = dynkit(tmp_path, *arguments, "--resume")
+    again = dynkit(tmp_path, *arguments, "--resume", "--html")
     assert again.stdout.count("finished before") == 2
     assert again.returncode == 1
     kept = [p for p in (tmp_path / "out").glob("*.ipynb") if p.stat().st_mtime_ns == stamps[p.name]]
     assert len(kept) == 2
+    assert len(list((tmp_path / "out").glob("*.html"))) == 3
     assert pl.read_csv(tmp_path / "out/results.csv")["flow.roc_auc"].to_list() == table["flow.roc_auc"].to_list()
     notebook(path, SETUP, PIPELINE, parameters="lr = 0.01\nseed = 1")  # another notebook: nothing has finished with it
     fixed = dynkit(tmp_path, *arguments, "--resume")

@@ -322,6 +322,7 @@ def test_pause_resume_and_cancel(dataset: dk.Dataset) -> None:
     time.sleep(1.2)
     assert run.progress["fraction"] == before["fraction"]
     assert "left" in run._repr_html_() or before["eta_s"] is None
+    assert "heard of at" in run._repr_html_()
     with pytest.raises(WaitTimeout, match=r"is still paused after 0\.1 s; it goes on"):
         run.wait(timeout_s=0.1)
     assert run.resume().status == "running"

@@ -1,6 +1,6 @@
 """Notebooks headless: one execution per set of parameters, and the truth about how each ended.
 
-Every notebook is executed by papermill in a process of its own (`dynkit.batch.execute`), so a dying kernel, a time-out
+Every notebook is executed by papermill in a process of its own (`dynkit.batch.worker`), so a dying kernel, a time-out
 or a notebook that leaves a run unfinished is seen and recorded; papermill's own notebook says "completed" then. A
 record beside each notebook lets a later call skip what has finished.
 """
@@ -162,7 +162,7 @@ def execute(job: Job, *, timeout_s: float | None = None, html: bool = False) -> 
         job.runs_path.write_text("")
     except OSError as error:
         raise StorageError(f"cannot write to {job.output.parent}: {error.strerror or error}") from error
-    command = [sys.executable, "-m", "dynkit.batch.execute", json.dumps(request), str(job.record_path)]
+    command = [sys.executable, "-m", "dynkit.batch.worker", json.dumps(request), str(job.record_path)]
     process = _ended(command)
     try:
         record: dict[str, Any] = json.loads(job.record_path.read_text())

@@ -1,7 +1,7 @@
 """Where a workspace lives, and its tables."""
 
 from dynkit.catalog.catalog import Catalog
-from dynkit.catalog.databases import insert_missing, upsert
+from dynkit.catalog.databases import FEW, batched, insert_missing, upsert
 from dynkit.catalog.tables import (
     datasets,
     edges,
@@ -26,7 +26,9 @@ from dynkit.catalog.tables import (
 )
 
 __all__ = [
+    "FEW",
     "Catalog",
+    "batched",
     "datasets",
     "edges",
     "evaluations",

@@ -23,7 +23,10 @@ from sqlalchemy.dialects import postgresql, sqlite
 from dynkit.disk import locked
 from dynkit.errors import InvalidInput, StorageError
 
-__all__ = ["Database", "PostgreSQL", "SQLite", "insert_missing", "upsert"]
+__all__ = ["FEW", "Database", "PostgreSQL", "SQLite", "batched", "insert_missing", "upsert"]
+
+FEW = 500
+"""Values that one query may list."""
 
 _WAIT_S = 60
 _WRITERS, _UPKEEP = 0x64796E6B0001, 0x64796E6B0002  # advisory locks of a PostgreSQL database
@@ -237,6 +240,11 @@ def _await_readers(connection: Any, where: str) -> None:
 
 _INSERT: dict[str, Callable[[sa.Table], Any]] = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
 Rows = Mapping[str, Any] | Sequence[Mapping[str, Any]]
+
+
+def batched(values: list[Any]) -> Iterable[list[Any]]:
+    """Cut a list into parts that one query may list."""
+    return (values[start : start + FEW] for start in range(0, len(values), FEW))
 
 
 def insert_missing(connection: sa.Connection, table: sa.Table, rows: Rows) -> int:

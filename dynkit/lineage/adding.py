@@ -111,7 +111,8 @@ def state_of(model: Any) -> tuple[State, dict[str, str]]:
         return read_safetensors(model)
     if isinstance(model, torch.nn.Module | Mapping):
         return dense_tensors(model.state_dict() if isinstance(model, torch.nn.Module) else model), {}
-    raise InvalidInput(f"{model!r:.80} is no model; pass an nn.Module, a state dict or the path of a .safetensors file")
+    told = str(model) if isinstance(model, Path) else repr(model)
+    raise InvalidInput(f"{told:.80} is no model; pass an nn.Module, a state dict or the path of a .safetensors file")
 
 
 def point(connection: sa.Connection, name: str, model: str, *, expected: str | None) -> None:

@@ -12,12 +12,11 @@ from typing import Any, TypeVar
 import networkx as nx
 import sqlalchemy as sa
 
-from dynkit.catalog import edges, models
+from dynkit.catalog import FEW, edges, models
 
 __all__ = ["KINDS", "above", "acyclic", "ages", "all_edges", "common_ancestor", "in_order", "reachable", "versions"]
 
 KINDS = ("derived", "version")
-_FEW = 500  # ids that one query may list
 
 
 def reachable(
@@ -25,7 +24,7 @@ def reachable(
 ) -> set[str]:
     """Models that lead to those of `start` (`up`), or that they lead to; a start only when a cycle comes back to it."""
     start = list(start)
-    if len(start) > _FEW:
+    if len(start) > FEW:
         return _walked(all_edges(connection, kinds), start, up=up)
     near, far = (edges.c.child, edges.c.parent) if up else (edges.c.parent, edges.c.child)
     of_kind = edges.c.kind.in_(kinds)
@@ -54,7 +53,7 @@ def all_edges(
 ) -> list[tuple[str, str]]:
     """Pairs (parent, child), each once; only those with both ends `within` these models, if given."""
     query = sa.select(edges.c.parent, edges.c.child).where(edges.c.kind.in_(kinds)).distinct()
-    if within is not None and len(within) <= _FEW:
+    if within is not None and len(within) <= FEW:
         query = query.where(edges.c.child.in_(within))
     rows = connection.execute(query)
     return [(row[0], row[1]) for row in rows if within is None or (row[0] in within and row[1] in within)]
@@ -87,7 +86,7 @@ def in_order(connection: sa.Connection, some: Collection[str], kinds: Collection
 def ages(connection: sa.Connection, some: Collection[str]) -> dict[str, tuple[int, str]]:
     """When each model was first stored, with its identity to tell equal times apart."""
     query = sa.select(models.c.id, models.c.created_ns)
-    if len(some) <= _FEW:
+    if len(some) <= FEW:
         query = query.where(models.c.id.in_(some))
     return {row.id: (row.created_ns, row.id) for row in connection.execute(query) if row.id in some}
 

@@ -8,15 +8,13 @@ from typing import Any
 import polars as pl
 import sqlalchemy as sa
 
-from dynkit.catalog import edges, evaluations, models, names, notes, origins, results, runs, tests, triggers
+from dynkit.catalog import FEW, edges, evaluations, models, names, notes, origins, results, runs, tests, triggers
 from dynkit.lineage.display import Shown, cell, instant, short
 from dynkit.lineage.graph import reachable, versions
 from dynkit.lineage.origins import Origin, environment_of, origins_of
 from dynkit.lineage.samples import read_selection
 
 __all__ = ["Card", "Entry", "Log", "card", "log", "search"]
-
-_FEW = 500
 
 
 @dataclass(frozen=True)
@@ -69,7 +67,7 @@ def log(connection: sa.Connection, limit: int | None, only: Collection[str] | No
     """List the newest models, all or some."""
     total = connection.scalar(sa.select(sa.func.count()).select_from(models)) if only is None else len(only)
     query = sa.select(models.c.id, models.c.created_ns).order_by(models.c.created_ns.desc(), models.c.id)
-    if only is not None and len(only) <= _FEW:
+    if only is not None and len(only) <= FEW:
         query = query.where(models.c.id.in_(only))
     elif only is None and limit is not None:
         query = query.limit(limit)
@@ -79,7 +77,7 @@ def log(connection: sa.Connection, limit: int | None, only: Collection[str] | No
     chosen = {model for model, _ in found}
 
     def lists(key: Any, value: Any, *conditions: Any) -> dict[str, list[str]]:
-        chosen_only = (key.in_(chosen),) if len(chosen) <= _FEW else ()
+        chosen_only = (key.in_(chosen),) if len(chosen) <= FEW else ()
         lists: dict[str, list[str]] = {}
         for model, text in connection.execute(sa.select(key, value).where(*chosen_only, *conditions).distinct()):
             lists.setdefault(model, []).append(text)

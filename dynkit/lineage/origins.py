@@ -16,12 +16,11 @@ from typing import Any
 import networkx as nx
 import sqlalchemy as sa
 
-from dynkit.catalog import origins, runs, triggers
+from dynkit.catalog import FEW, origins, runs, triggers
 from dynkit.lineage.graph import acyclic
 
 __all__ = ["Origin", "environment_of", "facts", "insert_origin", "origins_of", "parents_first"]
 
-_FEW = 500
 _PACKAGES = ("dynkit", "torch", "numpy", "polars")
 
 
@@ -110,7 +109,7 @@ def origins_of(
     )
     if dataset is not None:
         trained, again = trained.where(runs.c.dataset == dataset), again.where(runs.c.dataset == dataset)
-    if models is not None and len(models) <= _FEW:
+    if models is not None and len(models) <= FEW:
         trained = trained.where(triggers.c.model.in_(models))
         again = again.where(origins.c.model.in_(models))
     found = [

@@ -22,6 +22,7 @@ import sqlalchemy as sa
 import torch
 
 from dynkit.catalog import (
+    FEW,
     Catalog,
     edges,
     insert_missing,
@@ -46,8 +47,6 @@ from dynkit.models.records import resolved
 from dynkit.models.writing import key_of
 
 __all__ = ["Transfer", "add_remote", "check_clone", "pull", "push"]
-
-_FEW = 500  # ids that one query may list
 
 
 @dataclass(frozen=True, repr=False)
@@ -308,7 +307,7 @@ def _facts(catalog: Catalog, some: set[str]) -> _Facts:
 def _write(connection: sa.Connection, facts: _Facts) -> int:
     """Add what is not there; return the number of new edges."""
     ends = {row[end] for row in facts.edges for end in ("parent", "child")}
-    some = models.c.id.in_(ends) if len(ends) <= _FEW else sa.true()
+    some = models.c.id.in_(ends) if len(ends) <= FEW else sa.true()
     there = set(connection.scalars(sa.select(models.c.id).where(some)))
     new = insert_missing(connection, edges, [row for row in facts.edges if {row["parent"], row["child"]} <= there])
     insert_missing(connection, notes, facts.notes)

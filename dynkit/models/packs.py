@@ -178,9 +178,8 @@ def packs_at(connection: sa.Connection, ids: Iterable[int] | None = None) -> "di
     table = tables.packs
     if ids is None:
         return {row.id: row for row in connection.execute(sa.select(table))}
-    wanted = list(ids)
     rows: dict[int, sa.Row[Any]] = {}
-    for start in range(0, len(wanted), 500):
-        query = sa.select(table).where(table.c.id.in_(wanted[start : start + 500]))
+    for part in tables.batched(list(ids)):
+        query = sa.select(table).where(table.c.id.in_(part))
         rows |= {row.id: row for row in connection.execute(query)}
     return rows

@@ -15,7 +15,7 @@ import sqlalchemy as sa
 from blake3 import blake3
 from numcodecs.zstd import Zstd
 
-from dynkit.catalog import layouts, models, names, upsert
+from dynkit.catalog import batched, layouts, models, names, upsert
 from dynkit.errors import Conflict, InvalidInput, NotFound
 from dynkit.models.coding import pack_numbers, unpack_numbers
 from dynkit.models.encoding import Ref
@@ -24,7 +24,6 @@ __all__ = ["Stored", "check_name", "insert_model", "move_name", "resolved", "sto
 
 _SLOT_BITS = 24  # of a reference as one number
 _LEVEL = 9  # of zstd
-_BATCH = 500  # parameters of one query
 
 
 @dataclass(frozen=True)
@@ -53,11 +52,6 @@ def stored(connection: sa.Connection, ids: Iterable[str] | None = None) -> dict[
             by_name = dict(zip(layout_names[row.names], refs, strict=True))
             found[row.id] = Stored(row.id, by_name, row.raw_bytes, row.metadata, row.created_ns)
     return found
-
-
-def batched(values: list[Any]) -> Iterable[list[Any]]:
-    """Cut a list into parts that fit a query."""
-    return (values[start : start + _BATCH] for start in range(0, len(values), _BATCH))
 
 
 def insert_model(

@@ -182,6 +182,9 @@ class ModelStore:
         with self._catalog.read() as connection:
             return {row.name: row.model for row in connection.execute(sa.select(names).order_by(names.c.name))}
 
+    def __repr__(self) -> str:
+        return f"ModelStore({str(self._shelf.folder)!r}, {len(self)} models)"
+
     def __len__(self) -> int:
         with self._catalog.read() as connection:
             return int(connection.scalar(sa.select(sa.func.count()).select_from(models)) or 0)

@@ -14,12 +14,12 @@ import sqlalchemy as sa
 from xxhash import xxh3_64_intdigest
 
 from dynkit import html
-from dynkit.catalog import edges, layouts, models, packs, tensors
+from dynkit.catalog import batched, edges, layouts, models, packs, tensors
 from dynkit.errors import StorageError
 from dynkit.models.encoding import Frame, Ref
 from dynkit.models.packs import packs_at
 from dynkit.models.reading import Reader
-from dynkit.models.records import Stored, batched, stored
+from dynkit.models.records import Stored, stored
 from dynkit.models.shelf import Shelf
 from dynkit.models.writing import coded_tensor, key_of, lineage_of, related
 

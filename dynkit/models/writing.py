@@ -13,12 +13,12 @@ from typing import Any
 import sqlalchemy as sa
 import torch
 
-from dynkit.catalog import edges, insert_missing, packs, tensors
+from dynkit.catalog import FEW, batched, edges, insert_missing, packs, tensors
 from dynkit.errors import NotFound
 from dynkit.models.encoding import Frame, Ref, encode
 from dynkit.models.packs import Written
 from dynkit.models.reading import Reader
-from dynkit.models.records import Stored, batched, insert_model, move_name, stored
+from dynkit.models.records import Stored, insert_model, move_name, stored
 from dynkit.models.shelf import GoneError, Shelf
 from dynkit.models.tensors import manifest_id
 
@@ -144,7 +144,7 @@ def lineage_of(connection: sa.Connection, parents: Iterable[str]) -> tuple[list[
         if len(seen) - len(direct) >= _ANCESTORS:
             break
         query = (
-            sa.select(edges.c.parent).where(edges.c.child.in_(generation[:500])).order_by(edges.c.kind, edges.c.parent)
+            sa.select(edges.c.parent).where(edges.c.child.in_(generation[:FEW])).order_by(edges.c.kind, edges.c.parent)
         )
         generation = [model for model in dict.fromkeys(connection.scalars(query)) if model not in seen]
         seen |= dict.fromkeys(generation)

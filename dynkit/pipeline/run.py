@@ -373,6 +373,10 @@ class Run:
             facts.append(reason)
         if status == "interrupted":
             facts.append(f"continue it with ws.run({self.id!r}).resume()")
+        if status in ACTIVE:  # so that a view that moves no more, of a kernel that was restarted, tells its age
+            facts.append(
+                f"heard of at {to_datetime(row.heartbeat_ns):%H:%M:%S} UTC; %dynkit show {self.id} looks again"
+            )
         body = ""
         if picture and curve is not None and curve.height:
             from dynkit import plots

@@ -24,7 +24,7 @@ __all__ = ["is_watched", "show"]
 logger = logging.getLogger(__name__)
 
 _EVERY_S = 0.5
-_TOOLS = "papermill nbconvert jupyter-nbconvert jupyter-execute dynkit.batch.execute pytest py.test"
+_TOOLS = "papermill nbconvert jupyter-nbconvert jupyter-execute dynkit.batch.worker pytest py.test"
 _HEADLESS = set(_TOOLS.split())
 
 

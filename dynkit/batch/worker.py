@@ -1,4 +1,4 @@
-"""Execute one notebook in this process: ``python -m dynkit.batch.execute REQUEST RECORD``.
+"""Execute one notebook in this process: ``python -m dynkit.batch.worker REQUEST RECORD``.
 
 What is recorded is what happened, not what papermill's notebook says: a kernel that died, a cell that took too long
 and a run left unfinished are failures; ``sys.exit(0)`` in a cell is an early end, as papermill documents it.
