@@ -260,7 +260,7 @@ def test_safetensors_files_come_in_and_go_out(ws: dk.Workspace, tmp_path: object
     again = load_file(folder / "out.safetensors")
     assert manifest_id({n: tensor_id(t) for n, t in again.items()}) == model
     (folder / "bad.safetensors").write_bytes(b"no")
-    with pytest.raises(InvalidInput, match="not a safetensors file"):
+    with pytest.raises(InvalidInput, match="cannot be read as safetensors"):
         ws.models.import_safetensors(folder / "bad.safetensors")
 
 
