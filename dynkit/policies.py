@@ -279,7 +279,7 @@ def _parts(value: Any) -> bytes | list[Any]:
         return [type(value), *(getattr(value, field.name) for field in dataclasses.fields(value))]
     if hasattr(value, "__array__") and hasattr(value, "dtype"):  # NumPy arrays and tensors
         if hasattr(value, "detach"):
-            value = value.detach().cpu()
+            value = value.detach().cpu().resolve_conj().resolve_neg()
             array = value.float().numpy() if re.search("bfloat16|float8", str(value.dtype)) else value.numpy()
         else:
             array = np.asarray(value)

@@ -11,8 +11,9 @@ AssertionError: the trigger returned 50; expected True, False or row positions o
 import copy
 import datetime as dt
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import numpy as np
 import polars as pl
@@ -34,7 +35,6 @@ _SPLITS = (100, 1, 37, 1000, _ROWS)
 _FEATURES = 8
 _STEPS = 20
 _LOSS = "cross_entropy"
-T = TypeVar("T")
 
 
 @dataclass
@@ -165,6 +165,16 @@ def stream(rows: int = _ROWS, seed: int = 0) -> pl.DataFrame:
     ).with_columns(pl.from_epoch("timestamp", time_unit="ns").dt.replace_time_zone("UTC"))
 
 
+@contextmanager
+def _asserting() -> Iterator[None]:
+    """Let what a run refuses be an AssertionError."""
+    try:
+        yield
+    except PolicyError as error:
+        raise AssertionError(str(error)) from None
+
+
+@_asserting()
 def positions(trigger: Trigger, table: pl.DataFrame, split: int) -> list[int]:
     """Replay a table in blocks of `split` rows; return after how many samples the trigger fired."""
     trigger = copy.deepcopy(trigger)
@@ -177,7 +187,7 @@ def positions(trigger: Trigger, table: pl.DataFrame, split: int) -> list[int]:
         view.now_ns = int(time_ns[max(start - 1, 0)])
         view.samples_since_trigger = start - last
         view.past = table.head(start)
-        for position in _accepted(as_positions(trigger(new, view), new.height)):
+        for position in as_positions(trigger(new, view), new.height):
             seen = start + position + 1
             if seen > last:  # before the first new row there may be nothing new
                 fired.append(seen)
@@ -186,14 +196,6 @@ def positions(trigger: Trigger, table: pl.DataFrame, split: int) -> list[int]:
                 view.samples_since_trigger = -(position + 1)
                 view.now_ns = int(time_ns[seen - 1])
     return fired
-
-
-def _accepted(answers: Iterable[T]) -> Iterator[T]:
-    """Give what a run accepts; what it refuses is an AssertionError here."""
-    try:
-        yield from answers
-    except PolicyError as error:
-        raise AssertionError(str(error)) from None
 
 
 def check_trigger(trigger: Trigger, table: pl.DataFrame | None = None, *, splits: Iterable[int] = _SPLITS) -> None:
@@ -271,9 +273,10 @@ def _at_fifth_trigger(pool: pl.DataFrame) -> StreamView:
     return view
 
 
+@_asserting()
 def _selected(selection: Selection, pool: pl.DataFrame, view: RunView) -> pl.DataFrame:
     chosen = copy.deepcopy(selection)(pool, view, np.random.default_rng(7))
-    return next(_accepted(as_chosen(answer, view.epochs) for answer in [chosen]))
+    return as_chosen(chosen, view.epochs)
 
 
 def _check_chosen(picked: list[pl.DataFrame], pool: pl.DataFrame, unique: bool) -> None:

@@ -434,8 +434,9 @@ def test_a_gc_that_waits_for_nobody_loses_no_model(ws: dk.Workspace, monkeypatch
 def test_views_that_torch_computes_later_are_stored_as_what_they_are(ws: dk.Workspace) -> None:
     complex64 = torch.randn(5, 3, dtype=torch.complex64)
     state = {"conjugate": complex64.mH, "negative": complex64.conj().imag}
-    loaded = ws.models.load(ws.models.put(state))
-    assert all(loaded[name].equal(tensor) for name, tensor in state.items())
+    for model in (ws.models.put(state), ws.lineage.add(lambda: state)):
+        loaded = ws.models.load(model)
+        assert all(loaded[name].equal(tensor) for name, tensor in state.items())
 
 
 def test_what_several_tensors_are_predicted_from_is_decoded_once(

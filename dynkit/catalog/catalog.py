@@ -164,9 +164,9 @@ class Catalog:
                 connection.begin(),
             ):
                 yield connection
+        except sa.exc.IntegrityError as error:
+            raise Conflict(f"another process removed or added what this needs; try again ({error.orig})") from error
         except sa.exc.DatabaseError as error:
-            if isinstance(error, sa.exc.IntegrityError):
-                raise Conflict(f"another process removed or added what this needs; try again ({error.orig})") from error
             raise StorageError(f"the catalog {self.where} cannot be used: {error.orig}") from error
         except sa.exc.TimeoutError as error:
             raise StorageError(f"the catalog {self.where} is in use by too many threads at once; try again") from error

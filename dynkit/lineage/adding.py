@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import cloudpickle
 import sqlalchemy as sa
 import torch
 
@@ -14,7 +13,7 @@ from dynkit.catalog import insert_missing, names, notes
 from dynkit.errors import Conflict, InvalidInput
 from dynkit.lineage import placing
 from dynkit.lineage.origins import Origin, insert_origin
-from dynkit.lineage.rebuilding import as_group, as_state, call, link
+from dynkit.lineage.rebuilding import as_group, as_state, call, link, pickled
 from dynkit.lineage.storing import put
 from dynkit.models import ModelStore, tensor_id
 from dynkit.models.records import check_name
@@ -41,7 +40,7 @@ def add(
     started_s = time.perf_counter()
     made = callable(model) and not isinstance(model, torch.nn.Module)
     if made:
-        code = _pickled(model)
+        code = pickled(model, "function")
         state: State = as_state(call(code, [store.load(parent) for parent in parents]))
     else:
         state, metadata = state_of(model)
@@ -59,16 +58,9 @@ def add(
     return commit(store, state, origin, code=code, metadata=metadata, **place)
 
 
-def _pickled(function: Any) -> bytes:
-    try:
-        return bytes(cloudpickle.dumps(function))
-    except Exception as error:
-        raise InvalidInput(f"the function {function!r:.80} cannot be kept: {error}") from error
-
-
 def add_group(store: ModelStore, function: Callable[..., Any], parents: Sequence[str], *, how: str) -> dict[str, str]:
     """Store what a function of the parents' states makes, each model with its name in the group in its recipe."""
-    code = _pickled(function)
+    code = pickled(function, "function")
     started_s = time.perf_counter()
     group = as_group(call(code, [store.load(parent) for parent in parents]))
     seconds = (time.perf_counter() - started_s) / len(group)
@@ -92,7 +84,7 @@ def commit(
     metadata: Mapping[str, Any] | None = None,
 ) -> str:
     """Store a model with its origin, edges, name and notes, at once; `before`: models it is the next version of."""
-    tags = _texts(tags)
+    tags, state = _texts(tags), dense_tensors(state)
 
     def also(connection: sa.Connection, model: str) -> None:
         link(connection, "derived", origin.parents, model)
@@ -110,7 +102,7 @@ def state_of(model: Any) -> tuple[State, dict[str, str]]:
     if isinstance(model, str | Path) and Path(model).suffix == ".safetensors":
         return read_safetensors(model)
     if isinstance(model, torch.nn.Module | Mapping):
-        return dense_tensors(model.state_dict() if isinstance(model, torch.nn.Module) else model), {}
+        return model.state_dict() if isinstance(model, torch.nn.Module) else model, {}
     told = str(model) if isinstance(model, Path) else repr(model)
     raise InvalidInput(f"{told:.80} is no model; pass an nn.Module, a state dict or the path of a .safetensors file")
 

@@ -42,6 +42,7 @@ from dynkit.lineage.remotes import Transfer
 from dynkit.lineage.testing import ModelTest, TestReport
 from dynkit.models import ModelStore, manifest_id, tensor_id
 from dynkit.models.records import resolved
+from dynkit.models.store import dense_tensors
 from dynkit.time import IntArray
 
 if TYPE_CHECKING:
@@ -526,7 +527,7 @@ class Lineage:
         limit : int
             Most candidates to return.
         """
-        state, _ = adding.state_of(model)
+        state = dense_tensors(adding.state_of(model)[0])
         placing.catch_up(self._catalog, self._store)
         identity = manifest_id({key: tensor_id(tensor) for key, tensor in state.items()})
         with self._catalog.read() as connection:

@@ -29,7 +29,18 @@ from dynkit.models import ModelStore
 from dynkit.time import IntArray
 from dynkit.types import Window
 
-__all__ = ["Built", "CannotBuildError", "Recipe", "Workshop", "as_group", "as_state", "call", "link", "version_of"]
+__all__ = [
+    "Built",
+    "CannotBuildError",
+    "Recipe",
+    "Workshop",
+    "as_group",
+    "as_state",
+    "call",
+    "link",
+    "pickled",
+    "version_of",
+]
 
 State = dict[str, torch.Tensor]
 _Training = tuple[Origin, tuple[str, ...], pl.DataFrame]  # with its parents, and samples
@@ -91,6 +102,19 @@ def version_of(dataset: Dataset, number: int) -> Dataset:
         return dataset.at(number)
     except NotFound:
         return dataset.at(min(one.number for one in dataset.versions() if one.number >= number))
+
+
+def pickled(function: Any, what: str) -> bytes:
+    """Pickle a function to be kept.
+
+    Raises
+    ------
+    InvalidInput
+    """
+    try:
+        return bytes(cloudpickle.dumps(function))
+    except Exception as error:
+        raise InvalidInput(f"the {what} {function!r:.80} cannot be kept: {error}") from error
 
 
 def call(code: bytes, parents: Iterable[State]) -> Any:

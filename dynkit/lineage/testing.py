@@ -21,6 +21,7 @@ from dynkit.data import Dataset
 from dynkit.errors import InvalidInput, NotFound, did_you_mean
 from dynkit.lineage.display import Shown, short
 from dynkit.lineage.graph import in_order
+from dynkit.lineage.rebuilding import pickled
 from dynkit.models import ModelStore
 from dynkit.policies import digest
 
@@ -151,12 +152,9 @@ def as_test(function: Callable[..., Any], name: str | None = None, **options: An
     for option in ("pattern", "tag", "dataset"):
         if not isinstance(options.get(option), str | None):
             raise InvalidInput(f"{option}={options[option]!r} must be text")
-    try:
-        pickled = bytes(cloudpickle.dumps(function))
-    except Exception as error:
-        raise InvalidInput(f"the test {function!r} cannot be kept: {error}") from error
+    code = pickled(function, "test")
     identity = digest([function, options.get("at_least")])
-    return ModelTest(name or str(getattr(function, "__name__", "test")), pickled, identity, **options)
+    return ModelTest(name or str(getattr(function, "__name__", "test")), code, identity, **options)
 
 
 def register(connection: sa.Connection, test: ModelTest) -> None:
